@@ -128,7 +128,7 @@ def _decode_jpeg(dataset: pydicom.Dataset, size: int) -> npt.NDArray[Any]:
 def _render(dataset: pydicom.Dataset, stored: npt.NDArray[Any]) -> Gray:
     """Gray levels (H, W): rescaled, by window or range of the values; MONOCHROME1 inverted."""
     code, bits = f"u{stored.itemsize}", 8 * stored.itemsize
-    _check_sign(stored.astype(np.int64), 2**dataset.BitsStored, dataset.PixelRepresentation)
+    _check_sign(stored.astype(np.int64), dataset.BitsStored, dataset.PixelRepresentation)
     own = np.arange(2**bits, dtype=code).view(stored.dtype)
     ends = [_number(dataset, f"PixelPadding{name}") for name in ("Value", "RangeLimit")]
     # Some writers confuse signed and unsigned; a number outside the stored type is ignored.
@@ -164,14 +164,19 @@ def _render(dataset: pydicom.Dataset, stored: npt.NDArray[Any]) -> Gray:
     return np.asarray(table[stored.view(code)])
 
 
-def _check_sign(values: npt.NDArray[np.int64], count: int, signed: int) -> None:
-    """Raises RefusedError where neighbours have various values at both ends of the range: the sign
-    may be another one, which pneumo may use."""
-    values, near = values + signed * count // 2, count // (8 if signed else 64)
-    low, high = np.sort([values[:, 1:], values[:, :-1]], axis=0)
-    at_both_ends = (low < near) & (high >= count - near)
-    if min(len(np.unique(side[at_both_ends])) for side in (low, high)) >= 8:
-        raise RefusedError("the values may be signed where the header says unsigned, or conversely")
+def _check_sign(values: npt.NDArray[np.int64], bits: int, signed: int) -> None:
+    """Raises RefusedError where neighbours have various values at both ends of the range, in signed
+    files also of the range that the values take: the sign may be another one, which pneumo may use.
+    """
+    least, greatest = int(values.min()), int(values.max())
+    fewest = max(greatest, -1 - least).bit_length() + (least < 0)
+    for count, is_signed in [(2**bits, signed), (2**fewest, least < 0)][: 1 + signed]:
+        levels, near = values + is_signed * count // 2, count // (8 if signed else 64)
+        low, high = np.sort([levels[:, 1:], levels[:, :-1]], axis=0)
+        at_both_ends = (low < near) & (high >= count - near)
+        if min(len(np.unique(side[at_both_ends])) for side in (low, high)) >= 8:
+            reason = "the values may be signed where the header says unsigned, or conversely"
+            raise RefusedError(reason)
 
 
 def _number(dataset: pydicom.Dataset, keyword: str) -> float | None:

@@ -24,7 +24,7 @@ from pydicom.uid import UID
 
 from pneumo.errors import DicomError
 from pneumo.images.boxes import Box
-from pneumo.images.codestreams import read_jpeg_size
+from pneumo.images.codestreams import find_syntax, read_jpeg_size
 from pneumo.images.elements import Repairs, read_numbers
 from pneumo.images.fast_dicom import BaselineFile, read_baseline
 from pneumo.images.frame_format import read_format
@@ -232,6 +232,8 @@ def _decode_fast(file: BaselineFile, image_size: int) -> Gray | None:
     form = file.form
     if read_jpeg_size(file.frame) != (form.rows, form.columns, 1, 8):
         return None
+    if find_syntax(file.frame) == uid.JPEGLosslessSV1:
+        return None  # of which simplejpeg does not know the size
     shrunk = 2 if _can_halve((form.rows, form.columns), image_size) else 1
     rows, columns = form.rows // shrunk, form.columns // shrunk
     try:

@@ -1,4 +1,4 @@
-"""Repairing files in which pydicom finds no pixel data.
+"""Repairing files in which pydicom finds no pixel data, or an image element without a valid VR.
 
 Elements without a valid VR get that of the standard; others that do not parse are left out. Pixel
 data without an end delimiter gets one where its end is certain: by the size in the header, or by
@@ -27,11 +27,13 @@ from pneumo.images.fast_dicom import (
 
 _PIXEL_DATA = 0x7FE00010
 _SAMPLES, _ROWS, _COLUMNS, _BITS = 0x00280002, 0x00280010, 0x00280011, 0x00280100
+_ICON = 0x00880200
 _END_OF_ITEM = 0xFFFEE00D
 _DELIMITER = struct.pack("<HHI", END_OF_ITEMS >> 16, END_OF_ITEMS & 0xFFFF, 0)
 _VR = re.compile(b"|".join(sorted(LONG_LENGTHS | SHORT_LENGTHS)))
 _IMAGE_GROUP_OR_PIXELS = re.compile(rb"\x28\x00[\x02\x04\x08\x10]\x00|\xe0\x7f\x10\x00")
 _MAX_STEPS = 200_000  # limit of elements and items read: less than a second
+_STEPS_TO_SEARCH = 5_000  # all data once
 _IN_A_ROW = 3  # so many valid elements in a row are taken as no coincidence
 
 
@@ -71,7 +73,7 @@ class _Reader:
             return _Element(
                 tag, b"", position + 8, struct.unpack_from("<I", self.data, position + 4)[0]
             )
-        if vr not in LONG_LENGTHS and vr not in SHORT_LENGTHS:
+        if vr not in LONG_LENGTHS and (vr not in SHORT_LENGTHS or tag == _PIXEL_DATA):
             vr = _find_vr(tag)
         if vr in SHORT_LENGTHS:
             return _Element(tag, vr, position + 8, length)
@@ -139,9 +141,10 @@ class _Reader:
         """The element of the pixel data with its end, and whether it was repaired. None where
         pixels are missing, or are those of an icon."""
         element = self.element(position)
-        if element is None or element.tag != _PIXEL_DATA:
+        if element is None or element.tag != _PIXEL_DATA or _ROWS not in self.numbers:
             return None
         head = self.data[position : element.start]
+        has_vr = self.is_implicit or head[4:6] == element.vr
         item = self.element(element.start) if element.length == UNDEFINED else None
         if item is not None and item.tag == ITEM:
             return self._fragments(element, head)
@@ -150,14 +153,17 @@ class _Reader:
         size += size % 2
         is_sound = element.length in (size, size - 1)
         taken = element.length if is_sound else size
-        if not size or element.start + taken > len(self.data):
+        end = element.start + taken
+        rest = min(element.length, len(self.data) - element.start)
+        if not size or end > len(self.data) or self._is_icon_before(end):
             return None
-        if not is_sound and element.length < size:
+        if not is_sound and not (has_vr and size <= rest < 2 * size):
             return None
-        pixels = self.data[element.start : element.start + taken]
-        return head[:-4] + struct.pack("<I", taken) + pixels, not is_sound
+        pixels = struct.pack("<I", taken) + self.data[element.start : end]
+        return head[:4] + element.vr + head[6:-4] + pixels, not (is_sound and has_vr)
 
     def _fragments(self, element: _Element, head: bytes) -> tuple[bytes, bool] | None:
+        has_vr = self.is_implicit or head[4:6] in (b"OB", b"OW")
         if not self.is_implicit:  # with another VR pydicom would parse the items
             head = head[:4] + b"OB" + head[6:]
         position, fragments = element.start, list[bytes]()
@@ -170,10 +176,24 @@ class _Reader:
         is_run_length = RLELossless.encode() in self.data[:1024] and not is_cut
         if not frame or not (is_sound or is_complete(frame) or is_run_length):
             return None
+        if self._is_icon_before(position):
+            return None
         items = b"".join(
             struct.pack("<HHI", ITEM >> 16, ITEM & 0xFFFF, len(part)) + part for part in fragments
         )
-        return head + items + _DELIMITER, not is_sound or is_cut or element.vr == b"UN"
+        return head + items + _DELIMITER, is_cut or not (is_sound and has_vr)
+
+    def _is_icon_before(self, end: int) -> bool:
+        self.steps -= _STEPS_TO_SEARCH
+        return is_icon_before(self.data, end)
+
+
+def is_icon_before(data: bytes, end: int) -> bool:
+    """Whether pixel data that ends there is an icon's: an item, or elements of the image, and later
+    its pixel data follow."""
+    tag = _read_tag(data, end)
+    is_more = _ICON < tag <= _PIXEL_DATA or tag >> 16 == ITEM >> 16
+    return is_more and data.find(struct.pack("<HH", 0x7FE0, 0x0010), end) >= 0
 
 
 def repair_file(data: bytes, repairs: Repairs) -> bytes | None:
@@ -240,14 +260,15 @@ def _skip_meta(reader: _Reader) -> tuple[int, bytes]:
 
 
 def _read_tag(data: bytes, position: int) -> int:
-    group, number = struct.unpack_from("<HH", data.ljust(position + 4, b"\0"), position)
+    group, number = struct.unpack("<HH", data[position : position + 4].ljust(4, b"\0"))
     return int(group) << 16 | int(number)
 
 
 def _find_vr(tag: int) -> bytes:
-    """The VR of an element of the standard, whose length has 16 bits; empty for others."""
+    """The VR of an element of the standard, pixel data or one whose length has 16 bits; empty for
+    others."""
     vr = dictionary_VR(tag)[:2].encode() if dictionary_has_tag(tag) else b""  # of two the first
-    return vr if vr in SHORT_LENGTHS else b""
+    return vr if vr in SHORT_LENGTHS or tag == _PIXEL_DATA else b""
 
 
 def _name(data: bytes, position: int, last: int) -> str:

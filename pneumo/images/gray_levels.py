@@ -12,6 +12,7 @@ Elements that would hide the image (slope 0, a window outside all values or far 
 uses a fraction of its bits) are ignored or corrected, and recorded in `repairs`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import pydicom
+from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRBigEndian
 from scipy.special import expit
 
@@ -34,6 +36,7 @@ Counts = npt.NDArray[np.int64]
 
 CONTRADICTING_SHAPES = {"MONOCHROME1": "IDENTITY", "MONOCHROME2": "INVERSE"}
 """Values of PresentationLUTShape, by photometric interpretation."""
+_MOST_TABLES = 20
 _BLOCK_PIXELS = 2**20  # pixels to look up at once: numpy converts them to indices of 8 bytes
 
 
@@ -137,7 +140,7 @@ def _find_padding(
 def _apply_modality(dataset: pydicom.Dataset, values: Values, repairs: Repairs) -> Values:
     """`values` after the modality LUT or the rescale (PS3.3 C.11.1); unchanged where these would
     make all values equal."""
-    table = _read_item(dataset, "ModalityLUTSequence", repairs)
+    table = next(_read_items(dataset, "ModalityLUTSequence", repairs), None)
     if table is not None:
         if np.ptp(table.entries) > 0:
             return table.apply(values)
@@ -154,10 +157,9 @@ def _apply_modality(dataset: pydicom.Dataset, values: Values, repairs: Repairs) 
 def _apply_voi(
     dataset: pydicom.Dataset, values: Values, counts: Counts, repairs: Repairs
 ) -> Values | None:
-    """`values` after the VOI LUT, or else the first usable window, in [0, 1] (PS3.3 C.11.2); None
-    where there is none. `counts` are the pixels of each of the `values`."""
-    table = _read_item(dataset, "VOILUTSequence", repairs)
-    if table is not None:
+    """`values` after the first usable VOI LUT, or else window, in [0, 1] (PS3.3 C.11.2); None where
+    there is none. `counts` are the pixels of each of the `values`."""
+    for table in _read_items(dataset, "VOILUTSequence", repairs):
         levels = table.apply(values) / table.find_white("VOILUTSequence", repairs)
         if _has_contrast(levels, values, counts):
             return np.asarray(levels)
@@ -223,16 +225,16 @@ class _Table:
         return maximum
 
 
-def _read_item(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> _Table | None:
-    """The table in the first item of a sequence; None where it is missing or invalid."""
-    items = read_optional(dataset, keyword, repairs)
-    if not items:
-        return None
-    try:
-        return _read_table(dataset, items[0].LUTDescriptor, items[0].LUTData)
-    except Exception:  # no data, no descriptor, invalid items: pydicom raises many kinds
-        repairs.add(f"left_out:{keyword}")
-        return None
+def _read_items(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> Iterator[_Table]:
+    """The valid tables in the first items of a sequence."""
+    items = read_optional(dataset, keyword, repairs) or Sequence()
+    for item in items[:_MOST_TABLES] if isinstance(items, Sequence) else [items]:
+        try:
+            table = _read_table(dataset, item.LUTDescriptor, item.LUTData)
+        except Exception:  # no data, no descriptor, invalid items: pydicom raises many kinds
+            repairs.add(f"left_out:{keyword}")
+        else:
+            yield table
 
 
 def _read_table(dataset: pydicom.Dataset, descriptor: Any, data: Any) -> _Table:

@@ -111,9 +111,9 @@ def _normalise(value: object) -> str:
 
 
 def parse_age(text: str) -> int | None:
-    """Years from an AS value (`062Y`, `008M`), RSNA's integer (`62`) or a table's `62.0`; None if
-    implausible."""
-    match = re.fullmatch(r"\s*(\d{1,3})(?:\.0)?([DWMY]?)\s*", text)
+    """Years from an AS value (`062Y`, `008M`), RSNA's integer (`62`) or a table's `62.5` or `62y`;
+    None if implausible."""
+    match = re.fullmatch(r"\s*(\d{1,3})(?:\.\d+)?([DWMY]?)\s*", text.upper())
     if match is None:
         return None
     years = int(int(match[1]) / {"D": 365.25, "W": 52.18, "M": 12, "Y": 1, "": 1}[match[2]])

@@ -5,6 +5,8 @@ warnings, and the image is used. docs/preparing.md lists the codes, with their r
 among broken radiographs.
 """
 
+import re
+
 import cv2
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +21,12 @@ from pneumo.images.letterbox import fit_shape
 _FRONTAL = frozenset(("AP", "PA", "ANTERO-POSTERIOR", "POSTERO-ANTERIOR", "FRONTAL"))
 _NOT_FRONTAL = frozenset(
     (
-        *("LL", "RL", "LATERAL", "LAT", "LEFT LATERAL", "RIGHT LATERAL", "LLO", "RLO", "LAO"),
-        *("RAO", "LPO", "RPO", "OBLIQUE", "SWIMMERS", "XTABLE LATERAL", "TANGENTIAL"),
+        *("L", "R", "LL", "RL", "LLO", "RLO", "LAO", "RAO", "LPO", "RPO"),
+        *("SWIMMERS", "TANGENTIAL"),
     )
 )
+_LATERAL = re.compile("(?<!BI)LAT|OBL")
+"""In `LAT L`, `LLAT`, `XTABLE LATERAL`. A lateral decubitus is frontal, of somebody lying down."""
 # Body parts examined (PS3.16 annex L).
 _CHEST_WORDS = ("CHEST", "THORAX", "LUNG", "RIB", "HEART", "STERNUM")
 _NOT_CHEST = frozenset(
@@ -60,13 +64,14 @@ def check_image(image: GrayImage) -> tuple[str, ...]:
 
 def check_header(acquisition: Acquisition) -> tuple[str, ...]:
     """Codes of doubts from the header. Raises DicomError: not_frontal, not_chest."""
-    if acquisition.view in _NOT_FRONTAL:
+    view = acquisition.view
+    if view in _NOT_FRONTAL or (_LATERAL.search(view) and "DECUB" not in view):
         raise DicomError("the header says that the view is not frontal", "not_frontal")
     is_chest = any(part in acquisition.body_part for part in _CHEST_WORDS)
     if acquisition.body_part in _NOT_CHEST:
         raise DicomError("the header says another body part than the chest", "not_chest")
     doubts = {
-        "view": acquisition.view not in _FRONTAL and acquisition.view != "",
+        "view": view not in _FRONTAL and view != "",
         "body_part": not is_chest and acquisition.body_part != "",
         "laterality": acquisition.laterality in ("L", "R"),
         "for_processing": acquisition.intent == "FOR PROCESSING",

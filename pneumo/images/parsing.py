@@ -12,20 +12,21 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
 from pneumo.errors import DicomError
 from pneumo.images.elements import Repairs
-from pneumo.images.file_repair import repair_file
+from pneumo.images.fast_dicom import LONG_LENGTHS, SHORT_LENGTHS
+from pneumo.images.file_repair import is_icon_before, repair_file
 from pneumo.images.frame_format import MAX_PIXELS
 
 _MAX_INFLATED_BYTES = 3 * MAX_PIXELS
 _MAX_READS = 500_000  # of a header, two per element: about a second
 _MAX_ELEMENT_BYTES = 2 * 2**20
-_PIXEL_DATA = 0x7FE00010
+_IMAGE_GROUP, _PIXEL_DATA = 0x0028, 0x7FE00010
 _PIXELS = {_PIXEL_DATA, 0x7FE00008, 0x7FE00009}
 _LOOK_UP_TABLES = {0x00283000, 0x00283010}  # of the modality and of interest
 
 
 def parse(data: bytes, repairs: Repairs) -> pydicom.Dataset:
-    """The data set up to its pixel data. A file in which pydicom finds no pixel data is repaired
-    where possible.
+    """The data set up to its pixel data. A file in which pydicom finds no pixel data, or an icon's,
+    or an element of the image without a valid VR, is repaired where possible.
 
     Raises DicomError: not_dicom, too_large.
     """
@@ -37,7 +38,7 @@ def parse(data: bytes, repairs: Repairs) -> pydicom.Dataset:
     if _DEFLATED in data:
         data = _inflate(data)
     dataset = _try_parse(data)
-    if isinstance(dataset, Exception) or "PixelData" not in dataset:
+    if isinstance(dataset, Exception) or _is_damaged(dataset):
         repaired = repair_file(data, repairs)
         if repaired is not None:
             dataset = _try_parse(repaired)
@@ -51,16 +52,32 @@ def parse(data: bytes, repairs: Repairs) -> pydicom.Dataset:
     return dataset
 
 
+def _is_damaged(dataset: pydicom.Dataset) -> bool:
+    """Whether there is no pixel data, or it or an element of group 0028 has no valid VR."""
+    vrs = {int(tag): (element.VR or "").encode() for tag, element in dataset.items()}
+    if _PIXEL_DATA not in vrs:
+        return True
+    is_implicit = dataset.original_encoding[0]
+    if not is_implicit and vrs[_PIXEL_DATA] not in LONG_LENGTHS:
+        return True
+    group = {vr for tag, vr in vrs.items() if tag >> 16 == _IMAGE_GROUP}
+    return not group <= {b"", *LONG_LENGTHS, *SHORT_LENGTHS}
+
+
 def _try_parse(data: bytes) -> pydicom.Dataset | Exception:
+    """The data set, without the pixel data of an icon."""
     reads = _BoundedReads(data)
     try:
-        return read_partial(reads, stop_when=_after_pixels(), force=True)
+        dataset = read_partial(reads, stop_when=_after_pixels(), force=True)
+        if "PixelData" in dataset and is_icon_before(data, reads.tell()):
+            del dataset["PixelData"]
     except Exception as error:
         if reads.left < 0:  # within a sequence pydicom raises an error of its own instead
             raise DicomError(
                 f"the header takes more than {_MAX_READS} reads", "too_large"
             ) from error
         return error
+    return dataset
 
 
 def _drop_large(dataset: pydicom.Dataset) -> None:

@@ -37,6 +37,8 @@ from pneumo.images.frame_format import FrameFormat
 from pneumo.images.stored_values import Stored, make_values
 
 _LONGEST_RUN = 128
+_FEW_ZEROS = 16  # that may end the data of a sound frame which lacks its end marker
+_MORE_BYTES = b"\0" + bytes(range(1, 128))  # various, and none is a marker
 
 _GE_BIG_ENDIAN = UID("1.2.840.113619.5.2")
 """GE's private syntax: implicit VR, little endian, with big endian pixels."""
@@ -112,6 +114,11 @@ def decode_stored(
     if _is_encapsulated(element, stated, size):
         frame = read_frame(dataset, repairs)
         return _decode_encapsulated(frame, stated, form, repairs, may_widen=may_widen)
+    whole = form.rows * form.columns * 3 * form.bits_allocated // 8
+    if form.photometric == "YBR_FULL_422" and len(element.value or b"") in (whole, whole + 1):
+        # Decompressed, with the header of the compressed file.
+        repairs.add("codestream:PhotometricInterpretation")
+        form = replace(form, photometric="YBR_FULL")
     if not size <= len(element.value or b"") < max(2 * size, 3):  # one pixel is filled up to two
         raise DicomError(f"{len(element.value or b'')} bytes of pixels, the header says {size}")
     syntax = stated
@@ -270,10 +277,16 @@ def _decode_jpeg(frame: bytes, form: FrameFormat) -> Stored:
     if end is None:
         raise DicomError("the JPEG frame is truncated")  # libjpeg-turbo would pad it with gray
     space = "RGB" if form.samples == 3 else None  # equal spaces: no conversion
+    longer = frame[: end - 2] + _MORE_BYTES + frame[end - 2 : end]
     try:
-        samples = imagecodecs.jpeg8_decode(frame[:end], colorspace=space, outcolorspace=space)
+        samples, other = (
+            imagecodecs.jpeg8_decode(data, colorspace=space, outcolorspace=space)
+            for data in (frame[:end], longer)
+        )
     except Exception as error:
         raise DicomError(f"pixel data does not decode: {type(error).__name__}") from error
+    if (samples != other).any():  # imagecodecs hides libjpeg's warning of data that ends too early
+        raise DicomError("the JPEG frame is damaged: its data ends too early")
     unsigned = samples.astype(f"u{form.bits_allocated // 8}", copy=False)
     return unsigned.view(f"i{form.bits_allocated // 8}") if form.signed else unsigned
 
@@ -313,13 +326,16 @@ def read_frame(dataset: pydicom.Dataset, repairs: Repairs) -> bytes:
 
 
 def _check_frame(frame: bytes, syntax: UID, form: FrameFormat) -> bytes:
-    """The frame from the start of its codestream, which must have the header's size.
+    """The frame from the start of its codestream, which must have the header's size, and data in
+    place of the zeros that an interrupted copy leaves.
 
     Raises DicomError(undecodable).
     """
     if syntax in uid.JPEG2000TransferSyntaxes:
         frame = frame[find_jpeg_2000(frame) or 0 :]
         size = read_jpeg_2000_size(frame)
+        if frame.endswith(bytes(_FEW_ZEROS + 1)) and not is_complete(frame):
+            raise DicomError("the JPEG 2000 frame is truncated: it ends in zeros")
     elif syntax in uid.JPEGTransferSyntaxes or syntax in uid.JPEGLSTransferSyntaxes:
         size = read_jpeg_size(frame)
     else:

@@ -25,7 +25,7 @@ def make_values(
 ) -> tuple[Stored, FrameFormat]:
     """The values with the header's bits and sign, and the format. Where with these neighbouring
     pixels of various values jump over most of the range, and with another sign or more bits they do
-    not, the latter are used.
+    not, the latter are used. Of signed values the range is also that of the fewest bits for them.
 
     `may_widen`: the bits above those stored are no overlays. `is_signed`: in the codestream.
     """
@@ -36,12 +36,31 @@ def make_values(
         if _is_torn(_drop_unused_bits(rows, stated), stated, form.signed or is_signed):
             repairs.add("pixels:PixelRepresentation")
             other = replace(stated, signed=not form.signed)
-            words = stored.view(f"{'i' if other.signed else 'u'}{size}")
-            return _drop_unused_bits(words, other), other
+            return _drop_unused_bits(_view(stored, other), other), other
     if may_widen and form.high_bit == form.bits_stored - 1 and _is_cut_off(rows, form.bits_stored):
         repairs.add("pixels:BitsStored")
         return stored, whole_words
-    return _drop_unused_bits(stored, form), form
+    values = _drop_unused_bits(stored, form)
+    if form.signed or is_signed:
+        fewest = _take_fewest_bits(values, form)
+        if _is_torn(_take_rows(values), fewest, is_doubtful=True):
+            repairs.add("pixels:PixelRepresentation")
+            other = replace(fewest, signed=not fewest.signed)
+            return _drop_unused_bits(_view(values, other), other), other
+    return values, form
+
+
+def _take_fewest_bits(values: Stored, form: FrameFormat) -> FrameFormat:
+    """The format with the fewest bits that hold all values, signed where one is negative: a sign of
+    12 bits may be in words of 16."""
+    least, greatest = int(values.min()), int(values.max())
+    bits = max(greatest, -1 - least).bit_length() + (least < 0)
+    return replace(form, bits_stored=bits, high_bit=bits - 1, signed=least < 0)
+
+
+def _view(stored: Stored, form: FrameFormat) -> Stored:
+    """The same bits, with the sign of `form`."""
+    return stored.view(f"{'i' if form.signed else 'u'}{stored.dtype.itemsize}")
 
 
 def _is_torn(rows: Stored, form: FrameFormat, is_doubtful: bool) -> bool:

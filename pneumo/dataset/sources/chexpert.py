@@ -54,7 +54,7 @@ def _read_table(
     seen: set[str],
 ) -> None:
     positive = positive_labels(folder)
-    table = read_table(url, _PATH, _SIDE, *positive, known=_KNOWN)
+    table = read_table(url, _PATH, _SIDE, *positive, known=(*_KNOWN, *positive))
     labels = list(zip(*(read_numbers(table, name, url) for name in positive), strict=True))
     healthy = read_numbers(table, "No Finding", url)
     texts = (read_texts(table, name) for name in (_PATH, _SIDE, "Age", "Sex", "AP/PA"))
@@ -99,7 +99,7 @@ def _decide(labels: tuple[float | None, ...], policy: str, where: str) -> int | 
 
 def _is_chexpert(files: Mapping[str, str]) -> bool:
     name = first_present(files, tuple(_SPLITS))
-    return name is not None and _SIDE in read_first_line(files[name])
+    return name is not None and _SIDE.casefold() in read_first_line(files[name])
 
 
 LAYOUT = Layout(

@@ -32,8 +32,9 @@ _HEALTHY = "No Finding"
 _BOX_COLUMNS = ("Bbox [x", "y", "w", "h]")
 _BOX_LABELS = {"Infiltrate": "Infiltration"}
 """Labels of the table of boxes that the other table spells differently."""
-_STORED_WIDTH = 1024
-"""Width of the published PNG files, in pixels; the table's spacing is of the larger originals."""
+_STORED_SIDE = 1024
+"""Width and height of the published PNG files, in pixels; the table's spacing is of the larger
+originals, which need not be square."""
 
 
 def read_nih(folder: Folder, layout: Layout) -> Source:
@@ -107,16 +108,17 @@ def _read_headers(table: pa.Table) -> Iterator[Header]:
     def find(*starts: str) -> str:
         return next((name for name in table.column_names if name.startswith(starts)), "")
 
+    what = "table of images"
     rows = zip(
         read_texts(table, "Patient Age"),
         read_texts(table, find("Patient Sex", "Patient Gender")),
         read_texts(table, "View Position"),
-        read_numbers(table, find("OriginalImagePixelSpacing[x"), "table of images"),
-        read_numbers(table, find("OriginalImage[Width"), "table of images"),
+        read_numbers(table, find("y]") or find("OriginalImagePixelSpacing[x"), what),
+        read_numbers(table, find("Height]") or find("OriginalImage[Width"), what),
         strict=True,
     )
     for age, sex, view, mm, pixels in rows:
-        stored = () if mm is None or pixels is None else (mm * pixels / _STORED_WIDTH,)
+        stored = () if mm is None or pixels is None else (mm * pixels / _STORED_SIDE,)
         yield make_header(age=age, sex=sex, view=view, spacing=stored)
 
 

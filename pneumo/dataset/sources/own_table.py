@@ -1,6 +1,5 @@
 """`studies.csv` beside images of any format -> studies: the layout for your own data."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -61,11 +60,11 @@ def read_own_table(folder: Folder, layout: Layout) -> Source:
     left_out, findings = Counter[str](), set[str]()
     for file, row in rows.items():
         patient, target, study, view, age, sex, finding, split = row.cells
-        if (other := numbers.setdefault(study or file, row.number)) != row.number:
-            raise SourceError(f"{url}: rows {other} and {row.number} give one study two files")
         if not _is_frontal(view):
             left_out["views that are not frontal"] += 1
             continue
+        if (other := numbers.setdefault(study or file, row.number)) != row.number:
+            raise SourceError(f"{url}: rows {other} and {row.number} give one study two files")
         label = int(target)
         findings.add(finding)
         header = make_header(age=age, sex=sex, view=view)
@@ -89,10 +88,7 @@ def read_own_table(folder: Folder, layout: Layout) -> Source:
 
 
 def _is_frontal(view: str) -> bool:
-    """False where `view` names another view, in the words of DICOM or as in `L`, `lat.`, `LLAT`,
-    `left lateral`; a view that is not known is taken as frontal."""
-    if re.fullmatch(r"[LR]|.*(LAT|OBL).*", view.upper()):
-        return False
+    """False where `view` names another view; one that is not known is taken as frontal."""
     try:
         check_header(replace(NO_ACQUISITION, view=view.upper()))
     except DicomError:

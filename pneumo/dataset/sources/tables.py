@@ -163,8 +163,8 @@ def _is_empty(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def read_first_line(url: str) -> list[str]:
-    """The names in the first line of the CSV at `url`."""
-    return [name.strip() for name in _read_names(read_unpacked(url))]
+    """The names in the first line of the CSV at `url`, in small letters."""
+    return [name.strip().casefold() for name in _read_names(read_unpacked(url))]
 
 
 def read_numbers(table: pa.Table, name: str, what: str) -> list[float | None]:

@@ -233,8 +233,11 @@ LATERAL = pydicom.Dataset()
 LATERAL.CodeMeaning = "left lateral"
 
 
-def test_signed_values_under_an_unsigned_header_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [12, 16])
+def test_a_sign_that_pneumo_corrects_is_refused(tmp_path: Path, bits: int) -> None:
     values = draw_values(np.random.default_rng(2), (100, 100), "u2") - np.uint16(400)  # wraps
+    if bits == 12:  # in signed words of 16
+        values = (values % 4096).astype(np.int16)
     judged = decode_file(encode_dicom(values), 64)
     assert isinstance(judged, GrayImage)
     assert "pixels:PixelRepresentation" in judged.warnings

@@ -80,7 +80,10 @@ def make_image(make_dicom: DicomMaker, pixels: Gray, **elements: Any) -> GrayIma
     return read_study_image(make_dicom(pixels, elements=elements), 128)
 
 
-@pytest.mark.parametrize("view", ["LL", "RL", "lateral ", "LAT", "RAO", "LLO"])
+@pytest.mark.parametrize(
+    "view",
+    ["LL", "RL", "lateral ", "LAT", "RAO", "LLO", "L", "LLAT", "L LAT", "Lateral left", "PA/LAT"],
+)
 def test_a_view_that_is_not_frontal_is_refused(make_dicom: DicomMaker, view: str) -> None:
     unusable = decode_file(make_dicom(RAMP, elements={"ViewPosition": view}), 64)
     assert isinstance(unusable, UnusableFile)
@@ -115,6 +118,8 @@ def test_the_codes_of_a_header_say_it_too(make_dicom: DicomMaker) -> None:
     ("elements", "code"),
     [
         ({"view": "LLD"}, "view"),
+        ({"view": "LATERAL DECUBITUS"}, "view"),
+        ({"view": "BILATERAL"}, "view"),
         ({"body_part": "UNKNOWN 3"}, "body_part"),
         ({"laterality": "L"}, "laterality"),
         ({"intent": "FOR PROCESSING"}, "for_processing"),

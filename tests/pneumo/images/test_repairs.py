@@ -188,6 +188,39 @@ def test_a_frame_without_its_end_says_so(make_dicom: DicomMaker, cut: int) -> No
         read(with_frame(make_dicom, frame[: end - cut], JPEGLosslessSV1, elements))
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.999])
+@pytest.mark.parametrize("kind", ["lossless", "lossless of 8 bits", "lossy of 12 bits"])
+def test_data_that_ends_too_early_is_no_picture(
+    make_dicom: DicomMaker, kind: str, share: float
+) -> None:
+    imagecodecs = pytest.importorskip("imagecodecs", reason="needs the extra 'codecs'")
+    bits = 8 if "8" in kind else 12
+    options = {"lossless": True} if "lossless" in kind else {"level": 98}
+    frame = imagecodecs.jpeg8_encode(smooth(2**bits - 1), bitspersample=bits, **options)
+    elements = {"BitsAllocated": 8 if bits == 8 else 16, "BitsStored": bits, "HighBit": bits - 1}
+    syntax = JPEGLosslessSV1 if "lossless" in kind else pydicom.uid.JPEGExtended12Bit
+    read(with_frame(make_dicom, frame, syntax, elements))
+    start = frame.index(b"\xff\xda") + 16
+    cut = frame[: start + int(share * (len(frame) - start - 2))] + b"\xff\xd9"
+    with pytest.raises(DicomError, match="its data ends too early"):
+        read(with_frame(make_dicom, cut, syntax, elements))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_a_jpeg_2000_of_which_zeros_are_the_rest_is_no_picture(
+    make_dicom: DicomMaker, share: float
+) -> None:
+    frame = encode_jpeg_2000(smooth(4095), bitspersample=12)
+    elements = {"BitsAllocated": 16, "BitsStored": 12, "HighBit": 11}
+    sound = read(with_frame(make_dicom, frame, JPEG2000Lossless, elements))
+    assert frame.endswith(b"\xff\xd9")
+    image = read(with_frame(make_dicom, frame[:-2] + b"\0\0", JPEG2000Lossless, elements))
+    np.testing.assert_array_equal(image.pixels, sound.pixels)
+    zeros = frame[: int(share * len(frame))].ljust(len(frame), b"\0")
+    with pytest.raises(DicomError, match="it ends in zeros"):
+        read(with_frame(make_dicom, zeros, JPEG2000Lossless, elements))
+
+
 @given(st.binary(max_size=300), st.integers(0, 400))
 @settings(max_examples=200, deadline=None)
 def test_any_bytes_have_an_end_within_them_or_none(garbage: bytes, cut: int) -> None:
@@ -287,6 +320,16 @@ def test_lossy_jpeg_of_12_bits_whatever_the_header_says(
     assert np.abs(gray(image) - np.rint(pixels / 4095 * 255)).max() <= 2
 
 
+def test_a_lossless_jpeg_under_the_syntax_of_the_usual_one(make_dicom: DicomMaker) -> None:
+    imagecodecs = pytest.importorskip("imagecodecs", reason="needs the extra 'codecs'")
+    pixels = np.repeat(np.repeat(smooth(255), 4, 0), 4, 1)
+    frame = imagecodecs.jpeg8_encode(pixels, lossless=True, bitspersample=8)
+    elements = {"PixelData": encapsulate([frame])}
+    image = read(make_dicom(pixels, jpeg_quality=90, elements=elements))
+    np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels)).pixels)
+    assert image.warnings == ("codestream:TransferSyntaxUID",)
+
+
 def test_pixels_of_the_other_byte_order_in_the_syntax_of_ge(make_dicom: DicomMaker) -> None:
     pixels = smooth(4095)
     dataset = pydicom.dcmread(io.BytesIO(make_dicom(pixels)))
@@ -308,10 +351,11 @@ def test_lossy_colours_without_a_marker_are_ycbcr(make_dicom: DicomMaker) -> Non
     assert image.warnings == ("codestream:PhotometricInterpretation",)
 
 
-def encode_jpeg_2000(pixels: Pixels) -> bytes:
+def encode_jpeg_2000(pixels: Pixels, **options: Any) -> bytes:
     """With the sign of the pixels' type, of 16 bits."""
     imagecodecs = pytest.importorskip("imagecodecs", reason="needs the extra 'codecs'")
-    return bytes(imagecodecs.jpeg2k_encode(pixels, codecformat="J2K", reversible=True, level=0))
+    options |= {"codecformat": "J2K", "reversible": True, "level": 0}
+    return bytes(imagecodecs.jpeg2k_encode(pixels, **options))
 
 
 @pytest.mark.parametrize("header_signed", [0, 1])
@@ -387,6 +431,55 @@ def test_signed_values_of_the_full_range_under_an_unsigned_header(
         image = read(with_frame(make_dicom, compress(words, syntax, bits), syntax, elements))
     np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels)).pixels)
     assert image.warnings == ("pixels:PixelRepresentation",)
+
+
+@pytest.mark.parametrize("bits", [13, 14, 16])
+@pytest.mark.parametrize("syntax", [None, JPEGLosslessSV1, JPEGLSLossless, RLELossless])
+def test_a_sign_of_12_bits_in_a_header_of_more(
+    make_dicom: DicomMaker, syntax: UID | None, bits: int
+) -> None:
+    pixels = smooth(4095)
+    words = (pixels + np.uint16(2048)) % np.uint16(4096)
+    elements = {"BitsStored": bits, "HighBit": bits - 1, "PixelRepresentation": 1}
+    if syntax is None:
+        image = read(make_dicom(words, elements=elements))
+    else:
+        frame = compress(words, syntax, 12 if syntax == JPEGLosslessSV1 else 16)
+        image = read(with_frame(make_dicom, frame, syntax, elements | {"BitsAllocated": 16}))
+    np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels)).pixels)
+    assert image.warnings == ("pixels:PixelRepresentation",)
+
+
+@pytest.mark.parametrize("bits", [13, 14, 16])
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_jpeg_2000_of_12_bits_and_another_sign_than_the_header(
+    make_dicom: DicomMaker, signed: bool, bits: int
+) -> None:
+    pixels = smooth(4095)
+    stored = pixels.astype(np.int16) - np.int16(2048) if signed else pixels
+    frame = encode_jpeg_2000(stored, bitspersample=12)
+    elements = {"BitsAllocated": 16, "BitsStored": bits, "HighBit": bits - 1}
+    elements["PixelRepresentation"] = int(not signed)
+    image = read(with_frame(make_dicom, frame, JPEG2000Lossless, elements))
+    np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels)).pixels)
+    assert image.warnings == ("pixels:PixelRepresentation",)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12])
+@pytest.mark.parametrize("padding", ["least", "zero"])
+def test_few_values_of_a_signed_header_keep_the_sign(
+    make_dicom: DicomMaker, bits: int, padding: str
+) -> None:
+    half = 2 ** (bits - 1)
+    values = tissue(half - 1)
+    values[:, :16] = -half if padding == "least" else 0
+    window = {"WindowCenter": half // 2, "WindowWidth": half}
+    image = read(make_dicom(values.astype(np.int16), elements=window))
+    expected = np.clip((values - half / 2 + 0.5) / (half - 1) + 0.5, 0, 1) * 255
+    assert np.abs(gray(image) - np.rint(expected)).max() <= 1
+    assert image.warnings == ()
+    whole = read(make_dicom(smooth(2**bits - 1).astype(np.int16)))
+    assert whole.warnings == ()
 
 
 def test_bright_values_beside_dark_ones_are_no_negative_values(make_dicom: DicomMaker) -> None:
@@ -705,6 +798,19 @@ def test_the_first_window_that_shows_something_is_taken(make_dicom: DicomMaker) 
     np.testing.assert_array_equal(read(make_dicom(pixels, elements=several)).pixels, expected)
 
 
+@pytest.mark.parametrize("first", [Dataset(), lut(np.full(4096, 7), 12)[0]], ids=["empty", "flat"])
+def test_the_first_table_that_shows_something_is_taken(
+    make_dicom: DicomMaker, first: Dataset
+) -> None:
+    pixels = smooth(4095)
+    good = lut(np.arange(4096)[::-1], 12)
+    expected = read(make_dicom(pixels, elements={"VOILUTSequence": good}))
+    several = Sequence([first, good[0], lut(np.arange(4096), 12)[0]])
+    image = read(make_dicom(pixels, elements={"VOILUTSequence": several}))
+    np.testing.assert_array_equal(image.pixels, expected.pixels)
+    assert "left_out:VOILUTSequence" in image.warnings
+
+
 @given(st.integers(1, 3), st.integers(10_000, 65_535), st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_hot_pixels_do_not_darken_the_rest(
@@ -832,7 +938,7 @@ def test_private_elements_of_no_type(
     assert set(image.warnings) <= {"parsed:private"}
 
 
-@pytest.mark.parametrize("vr", [b"  ", b"\0\0", b"??", b"us"])
+@pytest.mark.parametrize("vr", [b"  ", b"\0\0", b"??", b"us", b"OX"])
 @pytest.mark.parametrize("quality", [None, 95])
 def test_elements_of_the_standard_without_their_type_are_read(
     make_dicom: DicomMaker, vr: bytes, quality: int | None
@@ -881,9 +987,7 @@ def test_a_frame_of_unknown_vr(make_dicom: DicomMaker) -> None:
     assert image.warnings == ("parsed:PixelData",)
 
 
-@given(st.integers(-400, 400).filter(bool), st.booleans())
-@settings(max_examples=60, deadline=None)
-def test_an_icon_of_a_wrong_length(make_dicom: DicomMaker, missing: int, packed: bool) -> None:
+def with_icon(make_dicom: DicomMaker, quality: int | None, **elements: str) -> bytes:
     icon = Dataset()
     icon.SamplesPerPixel, icon.PhotometricInterpretation = 1, "MONOCHROME2"
     icon.Rows = icon.Columns = 32
@@ -891,11 +995,14 @@ def test_an_icon_of_a_wrong_length(make_dicom: DicomMaker, missing: int, packed:
     icon.HighBit, icon.PixelRepresentation = 7, 0
     icon.PixelData = smooth(255)[:32, :32].tobytes()
     icon["PixelData"].VR = "OB"
-    sound = make_dicom(
-        smooth(255),
-        jpeg_quality=95 if packed else None,
-        elements={"IconImageSequence": Sequence([icon])},
-    )
+    made = {"IconImageSequence": Sequence([icon])} | elements
+    return make_dicom(smooth(255), jpeg_quality=quality, elements=made)
+
+
+@given(st.integers(-400, 400).filter(bool), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_an_icon_of_a_wrong_length(make_dicom: DicomMaker, missing: int, packed: bool) -> None:
+    sound = with_icon(make_dicom, 95 if packed else None)
     place = sound.index(b"\x88\0\0\x02SQ\0\0") + 8
     lengths = struct.unpack_from("<I4xI", sound, place)
     assert lengths[0] == lengths[1] + 8
@@ -904,6 +1011,44 @@ def test_an_icon_of_a_wrong_length(make_dicom: DicomMaker, missing: int, packed:
         struct.pack_into("<I", wrong, place + offset, length - missing)
     image = read(bytes(wrong))
     np.testing.assert_array_equal(image.pixels, read(sound[132:]).pixels)
+
+
+@pytest.mark.parametrize("tag", [b"\x20\0\0\x40LT", b"\x32\0\x60\x10LO"])
+@pytest.mark.parametrize("quality", [None, 95])
+def test_an_icon_is_never_the_picture(
+    make_dicom: DicomMaker, quality: int | None, tag: bytes
+) -> None:
+    texts = {"ImageComments": "a comment", "RequestedProcedureDescription": "chest"}
+    sound = with_icon(make_dicom, quality, **texts)
+    expected, place, right = read(sound[132:]), sound.index(tag) + 6, 0
+    length = int.from_bytes(sound[place : place + 2], "little")
+    for wrong in range(length + 2, length + 400, 2):
+        try:
+            image = read(sound[:place] + wrong.to_bytes(2, "little") + sound[place + 2 :])
+        except DicomError:
+            continue
+        np.testing.assert_array_equal(image.pixels, expected.pixels)
+        right += 1
+    assert right > 90
+
+
+@pytest.mark.parametrize("vr", [b"ow", b"??", b"  ", b"OX", b"US"])
+@pytest.mark.parametrize("quality", [None, 95])
+def test_pixel_data_of_an_invalid_type(
+    make_dicom: DicomMaker, quality: int | None, vr: bytes
+) -> None:
+    sound = make_dicom(smooth(255), jpeg_quality=quality)
+    place = sound.index(b"\xe0\x7f\x10\0O") + 4
+    image = read(sound[:place] + vr + sound[place + 2 :])
+    np.testing.assert_array_equal(image.pixels, read(sound[132:]).pixels)
+    assert image.warnings == ("parsed:PixelData",)
+
+
+def test_implicit_pixel_data_in_an_explicit_file(make_dicom: DicomMaker) -> None:
+    sound = make_dicom(smooth(255))
+    place = sound.index(b"\xe0\x7f\x10\0O") + 4
+    image = read(sound[:place] + sound[place + 4 :])
+    np.testing.assert_array_equal(image.pixels, read(sound).pixels)
 
 
 def test_a_dicomdir_is_no_radiograph(make_dicom: DicomMaker) -> None:

@@ -195,14 +195,23 @@ def test_nih_pictures_in_two_sizes_are_refused(copied: Path) -> None:
         read(copied / "nih")
 
 
-def test_nih_spacing_is_that_of_the_published_pictures(copied: Path) -> None:
-    """The table gives that of the larger originals; the published ones are 1024 pixels wide."""
+@pytest.mark.parametrize(
+    ("names", "cells", "spacing"),
+    [
+        ("[Width,Height],OriginalImagePixelSpacing[x,y]", "2560,2048,0.143,0.15", 0.15 * 2),
+        ("[Width],OriginalImagePixelSpacing[x]", "2560,0.143", 0.143 * 2.5),
+    ],
+)
+def test_nih_spacing_is_that_of_the_rows_of_the_published_pictures(
+    copied: Path, names: str, cells: str, spacing: float
+) -> None:
+    """The table gives that of the larger originals; the published ones have 1024 rows."""
     path = copied / "nih" / "Data_Entry_2017.csv"
     head, *rows = path.read_text().splitlines()
-    head += ",OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
-    path.write_text("\n".join([head, *(f"{row},2560,2048,0.143,0.143" for row in rows)]))
+    head += f",OriginalImage{names}"
+    path.write_text("\n".join([head, *(f"{row},{cells}" for row in rows)]))
     headers = [study.header for study in read(copied / "nih").studies]
-    assert [header and header.spacing_mm for header in headers] == [0.143 * 2.5] * NUM_STUDIES
+    assert [header and header.spacing_mm for header in headers] == [spacing] * NUM_STUDIES
 
 
 def test_nih_lists_decide_who_is_in_test(copied: Path) -> None:
@@ -280,6 +289,31 @@ def test_chexpert_views_in_small_letters(copied: Path) -> None:
     path.write_text(path.read_text().replace("Frontal,", "frontal,"))
     found = read(copied / "chexpert")
     assert (found.studies, found.left_out) == (expected.studies, expected.left_out)
+
+
+@pytest.mark.parametrize("layout", ["chexpert", "vindr"])
+def test_names_of_columns_may_be_in_capitals(copied: Path, layout: str) -> None:
+    expected = read(copied / layout)
+    path = copied / layout / "train.csv"
+    names, _, rows = path.read_text().partition("\n")
+    path.write_text(names.upper().replace(",", ", ") + "\n" + rows)
+    found = read(copied / layout)
+    assert [study.key for study in found.studies] == [study.key for study in expected.studies]
+    assert found.layout == layout
+
+
+def test_chexpert_columns_of_positive_labels(copied: Path) -> None:
+    path = copied / "chexpert" / "train.csv"
+    expected = read(copied / "chexpert")
+    text = path.read_text().replace("Pneumonia", "Consolidation")
+    path.write_text(text.replace("Consolidation", " consolidation"))
+    found = read(copied / "chexpert", positive=["Consolidation"])
+    assert [study.target for study in found.studies] == [s.target for s in expected.studies]
+    lines = text.splitlines()
+    twice = [f"{lines[0]},Consolidation", *(f"{line}," for line in lines[1:])]
+    path.write_text("\n".join(twice) + "\n")
+    with pytest.raises(SourceError, match="names Consolidation more than once"):
+        read(copied / "chexpert", positive=["Consolidation"])
 
 
 def test_chexpert_labels_are_checked(copied: Path) -> None:

@@ -137,10 +137,23 @@ def test_views_that_are_not_frontal_are_left_out(tmp_path: Path) -> None:
         "Lateral left",
         "RAO",
         "portable",
+        "left lateral decubitus",
     ]
     rows = [f"images/{i}.png,p{i},0,{view}" for i, view in enumerate(views)]
     source = read(write(tmp_path, f"{FIRST},view", *rows, files=len(rows)))
-    assert source.summary.endswith("3 patients; 7 views that are not frontal left out")
+    assert source.summary.endswith("4 patients; 7 views that are not frontal left out")
+
+
+@pytest.mark.parametrize("views", [("PA", "LATERAL"), ("lateral", "PA")])
+def test_a_lateral_view_of_a_study_is_no_second_file(
+    tmp_path: Path, views: tuple[str, str]
+) -> None:
+    rows = [f"images/{i}.png,p,1,s,{view}" for i, view in enumerate(views)]
+    (study,) = read(write(tmp_path, f"{FIRST},study,view", *rows)).studies
+    assert study.url.endswith(f"{views.index('PA')}.png")
+    frontal = [row.replace("LATERAL", "AP").replace("lateral", "AP") for row in rows]
+    with pytest.raises(SourceError, match="rows 2 and 3 give one study two files"):
+        read(write(tmp_path, f"{FIRST},study,view", *frontal))
 
 
 def test_a_long_table_of_texts_with_line_breaks(tmp_path: Path) -> None:
