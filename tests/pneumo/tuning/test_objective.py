@@ -13,7 +13,7 @@ from pneumo.config import Config, TuneConfig
 from pneumo.config_layers import override
 from pneumo.errors import MetricError
 from pneumo.evaluation.delong import delong, delong_test
-from pneumo.evaluation.estimates import Z_95
+from pneumo.evaluation.estimates import Z_95, count_equal_patients, t_quantile
 from pneumo.tuning.objective import (
     Objective,
     chance_level,
@@ -69,7 +69,8 @@ def test_error_of_a_difference_is_that_of_the_paired_test() -> None:
     reference = delong_test(target, first, second, patient).difference
     assert reference.high is not None
     assert reference.value is not None
-    expected = (reference.high - reference.value) / Z_95
+    size = min(count_equal_patients(patient[target == one]) for one in (0, 1))
+    expected = (reference.high - reference.value) / t_quantile(size)
     assert one.error_of_difference(other) == pytest.approx(expected, rel=0.01)
     # In pairs a difference is surer than either value alone.
     assert one.error_of_difference(other) < one.standard_error
