@@ -70,7 +70,7 @@ _OUTPUTS = {
 """For each job, the argument that names where it writes, and what it writes there."""
 UNFINISHED = "unfinished.txt"
 """Stands in an --output from the first write to the last, so that a killed job can be repeated."""
-_WRITTEN = {
+WRITTEN = {
     "predict": ("summary.json", "predictions.csv", "predictions.parquet", "overlays"),
     "export": (
         *("SHA256SUMS", "model.onnx", "model.pt2", "preprocessing.json", "preprocessing.py"),
@@ -111,8 +111,8 @@ def check_places(invocation: Invocation) -> None:
     argument, content = _OUTPUTS.get(invocation.job, ("", ""))
     if given.get(argument):
         _check_output(f"--{argument}", storage.normalise(given[argument]), content)
-    if invocation.job in _WRITTEN:
-        _check_nothing_foreign(storage.normalise(given["output"]), *_WRITTEN[invocation.job])
+    if invocation.job in WRITTEN:
+        _check_nothing_foreign(storage.normalise(given["output"]), *WRITTEN[invocation.job])
 
 
 def _exists(url: str, name: str = "") -> bool:

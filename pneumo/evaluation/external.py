@@ -172,13 +172,12 @@ def evaluate_external(
     points = tuple(frozen.points)
 
     def compare_rates(name: str, of_class: int) -> TwoSetEstimate:
-        patients = [rows.count_by_class()[of_class] for rows in (internal, external)]
-        own, here = (
-            {name: replace(found[name], effective_patients=rows.count_equal_patients(part))}
-            for found, rows in ((inside, internal), (outside, external))
-            for part in (rows.target == of_class,)
-        )
-        return _with_wilson(_compare(own, here, name), *patients)
+        def resize(found: Mapping[str, Resampled], rows: Predictions) -> dict[str, Resampled]:
+            size = rows.count_equal_patients(rows.target == of_class)
+            return {name: replace(found[name], effective_patients=size)}
+
+        both = _compare(resize(inside, internal), resize(outside, external), name)
+        return _with_wilson(both, *(s.count_by_class()[of_class] for s in (internal, external)))
 
     return ExternalEvaluation(
         internal=SetSummary.of(internal, has_patients=has_patients[0]),

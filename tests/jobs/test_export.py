@@ -18,6 +18,7 @@ import torch
 
 from jobs import evaluate, export, predict
 from jobs.exported.preprocessing import read_picture
+from jobs.terminal.places import WRITTEN
 from pneumo.training.checkpoints import read_index
 from tests.conftest import DicomMaker, draw_chest
 from tests.jobs.conftest import Prepared
@@ -219,6 +220,6 @@ def test_places_are_looked_at_first(
         capsys.readouterr().err
     )
     before = (exported / "model_card.md").read_bytes()
-    assert not (exported / "unfinished.txt").exists()
+    assert {path.name for path in exported.iterdir()} == set(WRITTEN["export"])
     assert export.main([*flags, "--overwrite"]) == 0
     assert (exported / "model_card.md").read_bytes() == before

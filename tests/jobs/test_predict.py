@@ -18,6 +18,7 @@ from PIL import Image
 from jobs import evaluate, predict
 from jobs.evaluation.ray_scoring import Scoring, WorkerSettings
 from jobs.prediction import Task, predict_files, shorten_path
+from jobs.terminal.places import WRITTEN
 from pneumo.dataset.manifest import read_manifest
 from pneumo.dataset.sources.recognition import read_source
 from pneumo.dataset.study_table import digest_pixels, read_studies
@@ -237,9 +238,8 @@ def test_a_killed_prediction_is_repeated_and_replaces_nothing_else(
         assert predict.main(flags) == 130
     assert (output / "overlays" / "a.dcm.png").exists()
     assert predict.main(flags) == 0
-    assert sorted(path.name for path in output.iterdir()) == [
-        *("overlays", "predictions.csv", "predictions.parquet", "summary.json")
-    ]
+    written = ["overlays", "predictions.csv", "predictions.parquet", "summary.json"]
+    assert sorted(path.name for path in output.iterdir()) == written == sorted(WRITTEN["predict"])
 
 
 def test_members_of_an_archive_never_lead_out_of_the_output(
