@@ -53,7 +53,7 @@ from pneumo.reporting.page.summary import is_shown_to_rank, view_sentence
 NUM_IMAGES = (1, 1, 1, 1, 1, 1, 2, 2, 3, 5)
 """Of a patient, with equal chances: a mean of 1.8, as in RSNA's data."""
 HIGH, OF_BOTH_CLASSES = "sensitivity_95", ("balanced_accuracy", "lr_positive")
-"""A point at which sensitivity is often exactly 1, and what this once spoiled."""
+"""A point at which sensitivity is often exactly 1, and metrics that depend on both classes."""
 EFFECT, ALIKE = 1.7, 0.5
 """How far positives score above negatives, and the part of a score's variance that a patient's
 images share."""
