@@ -60,7 +60,7 @@ def exported(evaluated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def score(folder: Path, path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-I", "-c", SCORE, str(folder), str(path)],
+        [sys.executable, "-I", "-B", "-c", SCORE, str(folder), str(path)],
         capture_output=True,
         text=True,
         check=False,
