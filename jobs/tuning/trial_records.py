@@ -32,6 +32,8 @@ _BEGUN, _STARTED, _SCORES, _ENDED = "trial.json", "start.json", "val.parquet", "
 _UNFINISHED = '{"state": "unfinished", "error": null}'
 _PATH = re.compile(r"""(?<!\w)(\w[\w+.-]*://|~?/(?=\S))((:(?=\S)|[^:"'])*/)?(:(?=\S)|[^\s:"'])*""")
 """A path or URL in a message; up to the last slash before a colon, as folders may have spaces."""
+_ADDRESS = re.compile(r"\b\d{1,3}(\.\d{1,3}){3}(:\d+)?\b")
+"""A node's address in a message of Ray's."""
 
 
 def trial_url(run_url: str, name: str) -> str:
@@ -92,7 +94,8 @@ def read_history(url: str) -> History:
 
 
 def read_trial(run_url: str, name: str) -> Trial:
-    """The record of a trial; its error, which is sent to W&B, names files without folders.
+    """The record of a trial; its error, which is sent to W&B, names files without folders, and no
+    node's address.
 
     Raises FileNotFoundError where it has not begun.
     """
@@ -100,6 +103,7 @@ def read_trial(run_url: str, name: str) -> Trial:
     begun = json.loads(storage.read_text(storage.join(url, _BEGUN)))
     ended = json.loads(storage.find_text(storage.join(url, _ENDED)) or _UNFINISHED)
     error = ended["error"] and _PATH.sub(lambda found: without_folders(found[0]), ended["error"])
+    error = error and _ADDRESS.sub("(address)", error)
     started = json.loads(storage.find_text(storage.join(url, _STARTED)) or "{}")
     return Trial(
         name,

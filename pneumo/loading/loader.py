@@ -244,7 +244,7 @@ def choose_feeds(
     host_limit = host_bytes * (_HOST_FRACTION if cache == "auto" else 1)
     device_limit = 0 if device_bytes is None else device_bytes * _DEVICE_FRACTION
     for split, num_bytes in decoded_bytes.items():
-        size = f"{num_bytes / 1e9:.2f} GB decoded"
+        size = f"{num_bytes / 1e9:.3g} GB decoded"
         free = f"{(host_bytes - host_used) / 1e9:.2f} GB free for this worker"
         if host_used:
             free += " beside the others"

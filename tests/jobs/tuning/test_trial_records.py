@@ -62,6 +62,7 @@ def test_a_name_that_leads_out_is_refused(run_url: str, name: str) -> None:
         ("No such file: '/home/alice/w.pt'", "No such file: 'w.pt'"),
         ("s3://ward/store/3.tar: no right", "3.tar: no right"),
         ("http://10.0.0.1:9000/ward/3.tar is gone", "3.tar is gone"),
+        ("on node (IP: 10.0.0.1, ID: 5f)", "on node (IP: (address), ID: 5f)"),
     ],
 )
 def test_an_error_is_sent_without_folders_and_servers(run_url: str, said: str, sent: str) -> None:

@@ -637,11 +637,11 @@ def test_the_way_follows_size_and_memory(
     choices = choose_feeds(wanted, {"train": decoded}, host_bytes=host, device_bytes=device)
     choice = choices["train"]
     assert choice.place == place
-    assert f"{decoded / 1e9:.2f} GB decoded" in choice.reason
+    assert f"{decoded / 1e9:.3g} GB decoded" in choice.reason
 
 
 def test_memory_that_does_not_suffice_is_refused() -> None:
-    message = r"^data\.cache: memory: 3\.00 GB decoded, 2\.00 GB free for this worker; use stream"
+    message = r"^data\.cache: memory: 3 GB decoded, 2\.00 GB free for this worker; use stream"
     with pytest.raises(ConfigError, match=message):
         choose_feeds("memory", {"train": 3 * GB}, host_bytes=2 * GB, device_bytes=None)
 
@@ -690,7 +690,7 @@ def test_a_shared_split_that_does_not_fit_on_the_gpu_stays_in_the_hosts_memory(
 
 def test_memory_that_suffices_for_one_split_only_is_refused() -> None:
     message = (
-        r"^data\.cache: memory: 2\.00 GB decoded, 1\.00 GB free for this worker beside the oth"
+        r"^data\.cache: memory: 2 GB decoded, 1\.00 GB free for this worker beside the oth"
     )
     with pytest.raises(ConfigError, match=message):
         choose_feeds("memory", {"a": 2 * GB, "b": 2 * GB}, host_bytes=3 * GB, device_bytes=None)
@@ -699,8 +699,8 @@ def test_memory_that_suffices_for_one_split_only_is_refused() -> None:
 @pytest.mark.parametrize(
     ("way", "line"),
     [
-        ("auto", r"data: train: kept in memory \(0\.00 GB decoded, \d+\.\d\d GB free for this wo"),
-        ("stream", r"data: train: streamed, as data\.cache says \(0\.00 GB decoded\)"),
+        ("auto", r"data: train: kept in memory \(0\.000\d+ GB decoded, \d+\.\d\d GB free for this wo"),
+        ("stream", r"data: train: streamed, as data\.cache says \(0\.000\d+ GB decoded\)"),
     ],
 )
 def test_the_way_and_its_reason_are_told_in_a_line(
