@@ -6,14 +6,13 @@ cluster checks the run's settings.
 """
 
 import json
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import TypeVar
 
 from cluster.targets import JobState, Phase
-from pneumo import storage
+from pneumo import background, storage
 from pneumo.config import Config, changed_sections
 from pneumo.errors import PneumoError, RunError
 
@@ -157,15 +156,7 @@ def read_progress(run_url: str) -> Progress | None:
 
 def _with_timeout(timeout_s: float, read: Callable[[], T]) -> T:
     """What `read` returns, or TimeoutError: storage retries for longer than a user would wait."""
-    answer: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(read())
-        except Exception as error:  # raised again in the caller's thread
-            answer.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
+    answer = background.start(read)
     if not wait([answer], timeout_s).done:
         raise TimeoutError(f"no answer within {timeout_s:g} s")
     return answer.result()
