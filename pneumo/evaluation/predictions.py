@@ -201,16 +201,9 @@ def _check_scores(scored: Scores, studies: Mapping[str, StudyRow]) -> None:
 
 
 def check_complete(predictions: Predictions, expected: Mapping[str, int]) -> None:
-    """Raise DataError where a study is scored more than once, missing, or of another split.
-
-    `expected` is the manifest's count of each split.
+    """Raise DataError where a study is missing, or of another split than those of `expected`, the
+    manifest's count of each. That none is scored twice, `join_predictions` checks.
     """
-    duplicates = len(predictions) - len(np.unique(predictions.key))
-    if duplicates:
-        raise DataError(
-            f"predictions: {duplicates} studies are scored more than once; "
-            "each must count exactly once"
-        )
     found = {name: int((predictions.split == name).sum()) for name in expected}
     wrong = [
         f"{name}: {found[name]} scored, {expected[name]} in the manifest"

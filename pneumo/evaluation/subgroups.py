@@ -266,12 +266,8 @@ class _Evaluated:
             for key, reason in reasons.items()
         }
 
-    def _estimate(
-        self,
-        reason: str | None,
-        function: Callable[[Floats], Floats],
-        undefined: str = "undefined for these studies",
-    ) -> Estimate:
+    def _estimate(self, reason: str | None, function: Callable[[Floats], Floats]) -> Estimate:
+        undefined = "undefined for these studies"
         if self.resampled is None or reason:
             return Estimate.undefined(self.fault or reason or undefined)
         return self.resampled.derive(function).estimate(reason=undefined)
