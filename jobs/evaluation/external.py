@@ -219,17 +219,13 @@ def _evaluate_set(
             resamples=config.evaluate.bootstrap_resamples,
             seed=config.seed,
             min_patients=config.evaluate.min_patients,
-            has_patients=(_has_patients(trained.manifest), _has_patients(one.manifest)),
+            has_patients=(trained.manifest.audit.has_patients, one.manifest.audit.has_patients),
             map_blocks=choose_map(config.cluster, len(rows)),
         )
         shift = _find_shift(one, rows, trained, config)
     table = rows.to_parquet(trained.scoring.to_json())
     layout, phantoms = one.manifest.layout, one.manifest.phantoms
     return ExternalSet(layout, phantoms, evaluation, shift, one.overlap, one.warning), table
-
-
-def _has_patients(manifest: Manifest) -> bool:
-    return manifest.audit.patients is not None
 
 
 def _find_shift(

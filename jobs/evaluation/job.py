@@ -96,7 +96,7 @@ def score_and_evaluate(
             config=config.evaluate,
             seed=config.seed,
             train=Metadata.of_split(studies.values(), "train"),
-            has_patients=run.manifest.audit.patients is not None,
+            has_patients=run.manifest.audit.has_patients,
             map_blocks=choose_map(config.cluster, len(predictions)),
         )
     return evaluation, compare_members(singles, run.differ_in, config.evaluate)

@@ -60,7 +60,7 @@ def join_stores(
     kept, left_out = _choose(stores)
     if balanced:
         _balance(kept, left_out, seed)
-    first, has_patients = stores[0].manifest, all(s.manifest.audit.patients for s in stores)
+    first, has_patients = stores[0].manifest, all(s.manifest.audit.has_patients for s in stores)
     settings = {
         "seed": seed,
         "prepare.image_size": first.image_size,

@@ -72,6 +72,11 @@ class LeakageAudit(BaseModel, frozen=True):
     """Fraction of val studies whose patient is also in train in a split by image: this split, or
     the one by image with the same settings. Null where patients are unknown."""
 
+    @property
+    def has_patients(self) -> bool:
+        """Whether patients are known."""
+        return self.patients is not None
+
     @computed_field  # type: ignore[prop-decorator]  # so that the manifest contains it
     @property
     def warning(self) -> str | None:

@@ -22,7 +22,7 @@ def describe_audit(data: DataFacts) -> dict[str, str]:
     return {
         "Assignment to splits": split_rule_sentence(audit, data.seed),
         "Patients in more than one split": f"{audit.shared_patients:,}"
-        if data.has_patients
+        if audit.has_patients
         else "unknown",
         f"A split by image {verb}": leaked,
         "Quarantined": _list_reasons(quality.quarantined, "none"),

@@ -77,7 +77,7 @@ def describe_report(
         quality=data.quality,
         properties=data_section.PROPERTIES,
         duplicates=data_section.describe_duplicates(
-            data.quality.duplicates, has_patients=data.has_patients
+            data.quality.duplicates, has_patients=data.audit.has_patients
         ),
         quality_charts=data_section.draw_quality_charts(data.quality),
         contact=data_section.show_contact_sheets(data),

@@ -32,11 +32,6 @@ class DataFacts:
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Number of images that were left out by a rule, by reason."""
 
-    @property
-    def has_patients(self) -> bool:
-        """Whether patients are known."""
-        return self.audit.leaked_by_image is not None
-
 
 @dataclass(frozen=True)
 class ModelFacts:

@@ -479,7 +479,8 @@ def test_duplicates_are_told_with_what_they_do():
 
 
 def test_patients_are_unknown_without_the_mapping():
-    text = section(render(data=with_audit(unit="image", leaked_by_image=None)), "data")
+    unknown = with_audit(unit="image", patients=None, leaked_by_image=None)
+    text = section(render(data=unknown), "data")
     assert "train unknown 700" in text
     assert "Patients in more than one split unknown" in text
     assert "A split by image leaks unknown: no mapping" in text
