@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from jobs.terminal.entry_point import check_invocation, find_run_url, run_main, tell
@@ -109,10 +110,7 @@ def _parser() -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return run_main("demo", demo, argv)
-
+main = partial(run_main, "demo", demo)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -106,9 +106,9 @@ class Model:
         return np.concatenate([np.empty((0, size, size), dtype=np.float32), *parts])
 
 
-def _batch(pictures: Sequence[Picture], size: int = 64) -> list[Sequence[Picture]]:
-    """As many at a time as the memory holds."""
-    return [pictures[start : start + size] for start in range(0, len(pictures), size)]
+def _batch(pictures: Sequence[Picture]) -> list[Sequence[Picture]]:
+    """64 at a time, which the memory holds."""
+    return [pictures[start : start + 64] for start in range(0, len(pictures), 64)]
 
 
 def load_model(run_url: str | Path) -> Model:

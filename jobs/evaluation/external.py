@@ -82,7 +82,7 @@ def evaluate_externally(arguments: EvaluateArguments, config: Config) -> None:
     Raises RunError where the run's evaluation, threshold or checkpoints are missing, StoreError for
     a store of another image size or with too few patients left.
     """
-    trained = _read_trained(arguments, config)
+    trained = _read_trained(arguments)
     sets = [_read_external(url, trained, config) for url in arguments.external]
     if len({one.name for one in sets}) < len(sets):
         raise StoreError("--external: two stores have the same name, which names their results")
@@ -105,7 +105,7 @@ def evaluate_externally(arguments: EvaluateArguments, config: Config) -> None:
 # --- what is evaluated ----------------------------------------------------------------------------
 
 
-def _read_trained(arguments: EvaluateArguments, config: Config) -> TrainedRun:
+def _read_trained(arguments: EvaluateArguments) -> TrainedRun:
     run_url, store_url = storage.normalise(arguments.run), storage.normalise(arguments.store)
     metrics = find_metrics(run_url)
     assert metrics is not None  # `check_places` has found it

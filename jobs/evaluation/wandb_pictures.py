@@ -64,7 +64,7 @@ def _describe(key: str, picture: Picture, cells: str | None = None) -> dict[str,
 def show_case(case: Case) -> Picture:
     """The study with the readers' boxes and the network's map as overlays."""
     levels = None
-    if case.cam is not None and np.isfinite(case.cam).all():
+    if case.cam is not None:
         rows, columns = (
             (np.arange(shown) * given // shown)
             for shown, given in zip(case.image.shape, case.cam.shape, strict=True)

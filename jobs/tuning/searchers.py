@@ -100,9 +100,6 @@ class FixedListSearcher(Searcher):  # type: ignore[misc]
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: the remaining trials follow from the trials' own records."""
 
-    def restore(self, checkpoint_path: str) -> None:
-        """Never called."""
-
 
 class OptunaSearcher(FixedListSearcher):
     """Suggests unfinished trials first, then settings of Optuna, which learns from ended ones; none
@@ -161,9 +158,7 @@ class OptunaSearcher(FixedListSearcher):
             self.study.tell(asked, result[METRIC])
 
 
-def _make_sampler(
-    config: Config, number: int, *, at_random: bool = False
-) -> optuna.samplers.BaseSampler:
+def _make_sampler(config: Config, number: int, *, at_random: bool) -> optuna.samplers.BaseSampler:
     """The sampler for the trial of this number, with a seed of its own, so that a resumed search
     does not draw the same settings again."""
     digest = hashlib.blake2b(f"pneumo/tune/{config.seed}/{number}".encode(), digest_size=4)

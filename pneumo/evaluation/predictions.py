@@ -19,12 +19,11 @@ from scipy.special import expit
 
 from pneumo.dataset.study_table import StudyRow, encode_parquet
 from pneumo.errors import DataError
-from pneumo.evaluation.estimates import count_equal_patients
+from pneumo.evaluation.estimates import Floats, count_equal_patients
 from pneumo.images.boxes import Box
 from pneumo.network.scoring import Scores
 
 StrArray = npt.NDArray[np.str_]
-Floats = npt.NDArray[np.float64]
 
 SCORING = "pneumo.scoring"
 """Key of the Parquet metadata that says how the logits were made."""

@@ -160,7 +160,7 @@ def _apply_voi(
     """`values` after the first usable VOI LUT, or else window, in [0, 1] (PS3.3 C.11.2); None where
     there is none. `counts` are the pixels of each of the `values`."""
     for table in _read_items(dataset, "VOILUTSequence", repairs):
-        levels = table.apply(values) / table.find_white("VOILUTSequence", repairs)
+        levels = table.apply(values) / table.find_white(repairs)
         if _has_contrast(levels, values, counts):
             return np.asarray(levels)
         repairs.add("left_out:VOILUTSequence")
@@ -215,13 +215,13 @@ class _Table:
         indices = np.clip(np.rint(values) - first, 0, self.entries.size - 1)
         return np.asarray(self.entries[np.nan_to_num(indices).astype(np.int64)])
 
-    def find_white(self, keyword: str, repairs: Repairs) -> float:
-        """The entry for white: the maximum of the descriptor's bits; the maximum of the table where
-        it is larger, or at most a quarter of that."""
+    def find_white(self, repairs: Repairs) -> float:
+        """The entry of a VOI LUT for white: the maximum of the descriptor's bits; the maximum of
+        the table where it is larger, or at most a quarter of that."""
         white, maximum = 2.0**self.bits - 1, float(self.entries.max())
         if white / 4 < maximum <= white or maximum == 0:
             return white
-        repairs.add(f"rescaled:{keyword}")
+        repairs.add("rescaled:VOILUTSequence")
         return maximum
 
 
@@ -338,7 +338,7 @@ def _palette_table(dataset: pydicom.Dataset, stored: Stored, repairs: Repairs) -
 
 
 def apply_window(
-    values: npt.NDArray[np.float64], center: float, width: float, function: str = "LINEAR"
+    values: npt.NDArray[np.float64], center: float, width: float, function: str
 ) -> npt.NDArray[np.float64]:
     """`values` windowed to [0, 1], by the formulas of PS3.3 C.11.2.1.2 and C.11.2.1.3.
 

@@ -1,4 +1,4 @@
-"""The four values of a DICOM header that are kept."""
+"""A DICOM header's values: four that are kept, and how the image was taken, which is checked."""
 
 import re
 from collections.abc import Callable, Sequence

@@ -39,7 +39,7 @@ from pneumo.evaluation.baselines import (
 )
 from pneumo.evaluation.calibration import calibrate
 from pneumo.evaluation.comparison import ComparedRuns, compare
-from pneumo.evaluation.estimates import Estimate
+from pneumo.evaluation.estimates import Estimate, Floats
 from pneumo.evaluation.evaluation import Fitted, SplitEvaluation, evaluate_split
 from pneumo.evaluation.logistic_regression import fit_logistic, fit_offset
 from pneumo.evaluation.map_scores import MAPS, MEASURES, BoxScores, summarise_saliency
@@ -65,7 +65,6 @@ PATIENTS = (150, 40)
 MEASURES_OF_CALIBRATION = (
     "brier", "log_loss", "slope", "intercept", "intercept_at_slope_1", "in_the_large",
 )  # fmt: skip
-Floats = npt.NDArray[np.float64]
 
 
 # --- the population ------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def read_vindr(folder: Folder, layout: Layout) -> Source:
     """
     name = first_present(folder.files, (_TABLE,))
     assert name is not None, "`recognise` requires it"
-    readings = _collect(folder, folder.files[name], set(positive_labels(folder)))
+    readings = _collect(folder.files[name], set(positive_labels(folder)))
     images = _list_images(folder)
     studies = StudyCollector(folder, layout)
     for image_id, found in readings.items():
@@ -71,7 +71,7 @@ def read_vindr(folder: Folder, layout: Layout) -> Source:
     )
 
 
-def _collect(folder: Folder, url: str, positive: set[str]) -> dict[str, _Readings]:
+def _collect(url: str, positive: set[str]) -> dict[str, _Readings]:
     """The readings by image."""
     table = read_table(url, *_COLUMNS, texts=_COLUMNS, known=(*_COLUMNS, *_CORNERS))
     texts = [read_texts(table, name) for name in _COLUMNS]

@@ -95,8 +95,7 @@ def preprocessing_sentences(data: DataFacts, model: ModelFacts) -> str:
     words = (
         "Each file is decoded to gray levels (of DICOM, modality and VOI transforms are applied "
         "and MONOCHROME1 is inverted; 8 bits, 0 is black), letterboxed to a square and resampled "
-        "by area "
-        f"to {data.image_size} × {data.image_size} px. "
+        f"by area to {data.image_size} × {data.image_size} px. "
     )
     if model.image_size != data.image_size:
         words += f"The network sees it resampled to {model.image_size} × {model.image_size} px. "

@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jobs.evaluation.ray_scoring import ScoredStore, Scoring
+from jobs.evaluation.ray_scoring import ExplainedStudy, ScoredStore, Scoring
 from jobs.evaluation.result_files import describe_errors
-from jobs.evaluation.shown_studies import call_studies, choose_pictures
+from jobs.evaluation.shown_studies import call_studies, choose_pictures, make_case
 from pneumo.config import Config, EvaluateConfig
+from pneumo.dataset.study_table import StudyRow
 from pneumo.evaluation.evaluation import evaluate
 from tests.pneumo.reporting.page.test_degenerate import damage, predictions
 
@@ -59,3 +60,13 @@ def test_studies_are_called_by_their_key():
     decision = found.decide("test")
     called = call_studies(shuffled.predictions, rows.key, decision)
     np.testing.assert_array_equal(called, rows.probability >= decision.threshold)
+
+
+def test_a_map_that_is_no_number_is_not_shown():
+    rows = predictions()
+    decision = evaluate(rows, config=EvaluateConfig(bootstrap_resamples=100), seed=0).decide("test")
+    study = StudyRow("a" * 20, "p", "test", 1, "Lung Opacity", (), 61, "F", "AP", None, "", "")
+    pixels, cam = np.zeros((8, 8), np.uint8), np.full((8, 8), np.nan, np.float32)
+    for each, is_shown in ((cam, False), (np.zeros_like(cam), True)):
+        case = make_case(study, ExplainedStudy(pixels, each), rows.take(np.array([0])), decision)
+        assert (case.cam is not None) == is_shown

@@ -18,7 +18,6 @@ from jobs.evaluation.job import write_results
 from jobs.evaluation.ray_scoring import RunCheckpoint, ScoredStore, Scoring
 from jobs.evaluation.result_files import Results, compose_metrics, describe_results
 from jobs.evaluation.shown_studies import describe_age
-from jobs.evaluation.wandb_pictures import show_case
 from jobs.evaluation.wandb_results import cap_ages, read_evaluation, write_tracking
 from pneumo.config import Config
 from pneumo.dataset.contact_sheets import ContactSheet
@@ -141,11 +140,6 @@ def test_why_no_study_is_shown_is_told(subject, tmp_path):
     told = read(leave(tmp_path / "run", subject, pictures=none))
     assert told.summary["eval/not_shown"] == "no study"
     assert not [key for key in told.media if "gallery" in key or "predictions" in key]
-
-
-def test_a_map_that_is_no_number_is_not_laid_over_the_picture():
-    cam = np.full((112, 112), np.nan, dtype=np.float32)
-    assert show_case(dataclasses.replace(case(), cam=cam)).map_levels is None
 
 
 def test_the_table_has_thumbnails_and_names_nobody(subject, tmp_path):
