@@ -62,8 +62,8 @@ class Submission:
     a job submitted twice runs once; `settings` is a digest of all arguments and settings.
     `submitted` is the time, as YYYYmmdd-HHMMSS: attempts at one submission share it.
     `preflight` is the command that checks whether the cluster reaches `places` and has the secrets
-    that the job needs; `shape` are the resources of the job (for tune, of a trial), None where it
-    uses whatever the cluster has. `config` are the settings, with absolute paths of their files.
+    that the job needs; `resources` are those of the job (for tune, of a trial), None where it uses
+    whatever the cluster has. `config` are the settings, with absolute paths of their files.
     """
 
     job: str
@@ -75,7 +75,7 @@ class Submission:
     config: Config = field(default_factory=Config, repr=False)
     places: tuple[str, ...] = ()
     preflight: str = ""
-    shape: ClusterConfig | None = None
+    resources: ClusterConfig | None = None
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     warnings: tuple[str, ...] = ()
     owner: str = ""
@@ -136,7 +136,7 @@ def plan(
         config=_absolute_config(invocation, places),
         places=tuple(url for urls in places.values() for url in urls),
         preflight=_preflight(places, _needed_secrets(invocation, environ)),
-        shape=_shape(invocation),
+        resources=_resources(invocation),
         environment=sent,
         warnings=(*invocation.warnings, *(_warnings(places, sent, kept) if remote else ())),
     )
@@ -182,7 +182,7 @@ def _absolute_config(invocation: Invocation, places: _Places) -> Config:
     """The settings, with absolute paths of the files that they name."""
     files = {
         name: list(places[name]) if isinstance(value, list) else places[name][0]
-        for name, value in _find_files(invocation).items()
+        for name, value in _settings_naming_files(invocation).items()
     }
     return override(invocation.config, files, "the places")
 
@@ -201,14 +201,14 @@ def _places(invocation: Invocation, *, remote: bool, now: datetime) -> _Places:
             )
         arguments["run"] = f"runs/{invocation.job}-{now:%Y%m%d-%H%M%S}"
     given = {name.replace("_", "-"): arguments[name] for name in _PLACES if arguments.get(name)}
-    given |= _find_files(invocation)
+    given |= _settings_naming_files(invocation)
     return {
         name: [storage.normalise(url) for url in (value if isinstance(value, list) else [value])]
         for name, value in given.items()
     }
 
 
-def _find_files(invocation: Invocation) -> dict[str, str | list[str]]:
+def _settings_naming_files(invocation: Invocation) -> dict[str, str | list[str]]:
     """The settings that name files or stores, from flags, recipe or environment."""
     sections, config = JOBS[invocation.job].sections, invocation.config
     found: dict[str, str | list[str]] = {}
@@ -237,7 +237,7 @@ def _needed_secrets(invocation: Invocation, environ: Mapping[str, str]) -> list[
     return needs
 
 
-def _shape(invocation: Invocation) -> ClusterConfig | None:
+def _resources(invocation: Invocation) -> ClusterConfig | None:
     """The resources of the job; for a search, of one trial."""
     config = invocation.config
     if "cluster" not in JOBS[invocation.job].sections:

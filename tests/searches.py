@@ -10,7 +10,7 @@ from pneumo.search_space import Scalar
 from pneumo.tuning.choice import Confirmation, SettingChoice
 from pneumo.tuning.optuna_study import measure_importance
 from pneumo.tuning.search import Search
-from pneumo.tuning.trials import ERROR, OBJECTIVE, State, Trial, rank
+from pneumo.tuning.trials import ERROR, OBJECTIVE, State, Trial, sort_trials
 
 
 def epoch(number: int, objective: float, error: float = 0.02) -> dict[str, float | None]:
@@ -55,7 +55,7 @@ def make_search(num_trials: int = 24, *, confirm: int = 0, **changes: object) ->
             trials.append(trial(name, state="diverged", error="the loss is nan", settings=drawn))
             continue
         trials.append(trial(name, *values, state=state, settings=drawn))
-    ranked = rank(trials, config.tune)
+    ranked = sort_trials(trials, config.tune)
     confirmations = tuple(
         Confirmation(one.name, (0.85, 0.86, 0.87)[:confirm])
         for one in ranked[: 3 if confirm else 0]

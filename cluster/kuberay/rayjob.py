@@ -74,7 +74,7 @@ def build(
     group.update(replicas=count, minReplicas=count, maxReplicas=count)
     _set_preflight(job, submission)
     if not is_followed:
-        _share_wait_for_nodes(job)
+        _divide_wait(job)
     secrets = [HASH_KEY_SECRET] if submission.job == "prepare" else []
     _set_environment(job, _environment(container, submission), secrets)
     if image is not None:
@@ -212,34 +212,33 @@ def _affinity_terms(template: Document) -> list[Document]:
 
 def _workers_per_pod(container: Document, submission: Submission) -> int:
     """How many of the job's workers fit into a worker pod. Raises ConfigError where none does."""
-    if submission.shape is None:
+    resources, limits = submission.resources, _limits(container)
+    if resources is None:
         return 1
-    limits = _limits(container)
     cpus, gpus = _quantity(limits.get("cpu", "0")), _quantity(limits.get(_GPU, "0"))
-    shape = submission.shape
-    if shape.cpus_per_worker > cpus:
+    if resources.cpus_per_worker > cpus:
         raise ConfigError(
-            f"cluster: --cluster.cpus-per-worker {shape.cpus_per_worker}, and a worker pod of the "
-            f"overlay has {float(cpus):g}; lower it, or take an overlay with larger pods"
+            f"cluster: --cluster.cpus-per-worker {resources.cpus_per_worker}, and a worker pod of "
+            f"the overlay has {float(cpus):g}; lower it, or take an overlay with larger pods"
         )
-    if shape.use_gpu is True and gpus < 1:
+    if resources.use_gpu is True and gpus < 1:
         raise ConfigError("cluster: --cluster.use-gpu, and the overlay's worker pods have no GPU")
-    fit = int(cpus // shape.cpus_per_worker)
-    return min(fit, int(gpus)) if gpus and shape.use_gpu is not False else fit
+    fit = int(cpus // resources.cpus_per_worker)
+    return min(fit, int(gpus)) if gpus and resources.use_gpu is not False else fit
 
 
 def _replicas(group: Document, submission: Submission, per_pod: int, workers: int | None) -> int:
     """Number of worker pods for the job's workers; more where it uses whatever there is."""
     needed = 1
-    if submission.shape is not None:
-        needed = math.ceil(submission.shape.num_workers / per_pod)
+    if submission.resources is not None:
+        needed = math.ceil(submission.resources.num_workers / per_pod)
     if workers is not None and workers < needed:
         raise ConfigError(
             f"cluster: --workers {workers}: the job's workers need {needed} pods of this overlay"
         )
     if workers is not None:
         return workers
-    uses_all = submission.shape is None or submission.job == "tune"
+    uses_all = submission.resources is None or submission.job == "tune"
     return max(needed, int(group.get("replicas", 1))) if uses_all else needed
 
 
@@ -253,7 +252,7 @@ def _set_preflight(job: Document, submission: Submission) -> None:
             container["args"] = [*(["--ray", version] if version else []), *checks]
 
 
-def _share_wait_for_nodes(job: Document) -> None:
+def _divide_wait(job: Document) -> None:
     """Let all attempts together wait as long for nodes as one may. A follower stops a run after its
     first wait; the operator alone retries it, and would hold the pods that did start as often.
     Whoever follows it later lets it wait for its other attempts too."""
@@ -273,7 +272,7 @@ def _environment(container: Document, submission: Submission) -> dict[str, str]:
     dropped = {REVISION, *submission.secrets}
     variables = {k: v for k, v in submission.environment.items() if k not in dropped}
     has_gpu = _GPU in _limits(container)
-    if submission.shape is not None and submission.shape.use_gpu == "auto" and has_gpu:
+    if submission.resources is not None and submission.resources.use_gpu == "auto" and has_gpu:
         variables["PNEUMO_CLUSTER__USE_GPU"] = "true"
     return variables
 

@@ -232,10 +232,10 @@ def _send(client: Client, package: Package, environment: Mapping[str, str], **re
 
 def _gpu_workers(submission: Submission) -> str:
     """How many workers may hold a GPU each; "": as many as the cluster has GPUs."""
-    shape = submission.shape
-    if shape is None or submission.job == "tune":
+    resources = submission.resources
+    if resources is None or submission.job == "tune":
         return ""
-    return "0" if shape.use_gpu is False else str(shape.num_workers)
+    return "0" if resources.use_gpu is False else str(resources.num_workers)
 
 
 def gpu_hours(client: Client, info: JobDetails) -> float | None:

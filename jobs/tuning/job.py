@@ -69,7 +69,7 @@ from pneumo.tuning.choice import (
 from pneumo.tuning.objective import chance_level, describe_objective
 from pneumo.tuning.optuna_study import measure_importance
 from pneumo.tuning.search import Search
-from pneumo.tuning.trials import Trial, rank
+from pneumo.tuning.trials import Trial, sort_trials
 
 _IDENTITY = "search.json"
 _SAME = ("seed", "data", "augment", "model", "train", "tune")
@@ -156,7 +156,7 @@ def search(config: Config, manifest: Manifest, store_url: str, run_url: str) -> 
     )
     shared = load_shared_data(fixed, manifest, store_url)
     runner = _Runner(fixed, manifest, store_url, run_url, shared)
-    trials = rank(runner.search(), tune)
+    trials = sort_trials(runner.search(), tune)
     choice = _choose(trials, config, manifest, run_url)
     confirmed: tuple[Trial, ...] = ()
     if tune.confirm:

@@ -20,7 +20,7 @@ from pneumo.network.backbones import build_model
 from pneumo.search_space import flatten
 from pneumo.training.preconditions import resolve_pos_weight
 from pneumo.tuning.objective import ObjectiveEstimate
-from pneumo.tuning.trials import Trial, rank
+from pneumo.tuning.trials import Trial, sort_trials
 
 CONFIRMED_SETTINGS = 3
 """How many settings confirmation trains again."""
@@ -103,7 +103,7 @@ def choose_setting(
     Not significantly worse: by at most one standard error of the difference, paired on the studies
     of val (the one-standard-error rule of Breiman et al. 1984, 3.4.3).
     """
-    finished = [trial for trial in rank(trials, config) if trial.state == "finished"]
+    finished = [trial for trial in sort_trials(trials, config) if trial.state == "finished"]
     if not finished:
         return None
     best = finished[0]
@@ -192,7 +192,7 @@ def choose_confirmed(
 
 def settings_to_confirm(trials: Sequence[Trial], config: TuneConfig) -> tuple[Trial, ...]:
     """The best trials with all their epochs, of CONFIRMED_SETTINGS different settings."""
-    finished = [trial for trial in rank(trials, config) if trial.state == "finished"]
+    finished = [trial for trial in sort_trials(trials, config) if trial.state == "finished"]
     return tuple(_keep_first_of_each(finished)[:CONFIRMED_SETTINGS])
 
 

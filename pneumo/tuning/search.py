@@ -12,7 +12,7 @@ from pneumo.config_layers import override
 from pneumo.dataset.study_table import encode_parquet
 from pneumo.search_space import Scalar
 from pneumo.tuning.choice import SettingChoice
-from pneumo.tuning.trials import Trial, rank
+from pneumo.tuning.trials import Trial, sort_trials
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Search:
     config: Config
     manifest_digest: str
     trials: tuple[Trial, ...]
-    """In the order of `rank`."""
+    """In the order of `sort_trials`."""
     choice: SettingChoice
     confirmed: tuple[Trial, ...] = ()
     """The trials of confirmation, each named after its setting's trial."""
@@ -69,7 +69,7 @@ def to_parquet(search: Search) -> bytes:
     """
     config = search.config.tune
     rows = [
-        *(_row(trial, "search", search) for trial in rank(search.trials, config)),
+        *(_row(trial, "search", search) for trial in sort_trials(search.trials, config)),
         *(_row(trial, "confirm", search) for trial in search.confirmed),
     ]
     table = _to_columns(rows).replace_schema_metadata(

@@ -81,7 +81,7 @@ class Trial:
         return float(expit(centre - reach)), float(expit(centre + reach))
 
 
-def rank(trials: Sequence[Trial], config: TuneConfig) -> tuple[Trial, ...]:
+def sort_trials(trials: Sequence[Trial], config: TuneConfig) -> tuple[Trial, ...]:
     """Best first: finished trials by objective, then stopped ones by number of epochs, then the
     others; failed ones last."""
     order: tuple[State, ...] = ("finished", "stopped", "unfinished", "diverged", "failed")

@@ -95,13 +95,13 @@ def test_a_file_in_a_recipe_is_a_place(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_search_takes_what_a_trial_takes() -> None:
-    shape = _plan("tune --store /s --run /r --tune.workers-per-trial 4").shape
-    assert shape is not None
-    assert shape.num_workers == 4
-    train = _plan("train --store /s --run /r --cluster.num-workers 3").shape
+    resources = _plan("tune --store /s --run /r --tune.workers-per-trial 4").resources
+    assert resources is not None
+    assert resources.num_workers == 4
+    train = _plan("train --store /s --run /r --cluster.num-workers 3").resources
     assert train is not None
     assert train.num_workers == 3
-    assert _plan("prepare --source /raw --store /s").shape is None
+    assert _plan("prepare --source /raw --store /s").resources is None
 
 
 @pytest.mark.parametrize(

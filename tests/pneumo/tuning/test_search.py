@@ -26,7 +26,7 @@ from pneumo.tuning.choice import (
 from pneumo.tuning.objective import ObjectiveEstimate
 from pneumo.tuning.optuna_study import measure_importance
 from pneumo.tuning.search import Search, make_recipe, to_parquet
-from pneumo.tuning.trials import Trial, rank
+from pneumo.tuning.trials import Trial, sort_trials
 from tests.conftest import StoreMaker
 from tests.searches import make_search, trial
 
@@ -89,7 +89,7 @@ def test_a_trial_that_was_stopped_cannot_win() -> None:
 def test_the_luckiest_epoch_is_not_what_counts() -> None:
     lucky, steady = trial("lucky", 0.80, 0.95, 0.80), trial("steady", 0.85, 0.86, 0.87)
     smoothed = Config().tune
-    assert rank([lucky, steady], TUNE)[0] is steady
+    assert sort_trials([lucky, steady], TUNE)[0] is steady
     assert lucky.objective(smoothed) == pytest.approx(0.875)
     assert lucky.objective(smoothed, epochs=1) == 0.80
 
@@ -114,7 +114,7 @@ def test_ranking_puts_the_finished_first_and_failures_last() -> None:
         trial("late", 0.5, 0.6, state="stopped"),
         trial("done", 0.4),
     ]
-    assert [one.name for one in rank(trials, TUNE)] == [
+    assert [one.name for one in sort_trials(trials, TUNE)] == [
         "done",
         "late",
         "early",
