@@ -24,7 +24,6 @@ from jobs.terminal.progress import Progress
 from pneumo import storage
 from pneumo.config import ClusterConfig, Config, DataConfig
 from pneumo.dataset.manifest import read_manifest
-from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import MetricError
 from pneumo.evaluation.map_scores import BoxScores, score_map
 from pneumo.images.boxes import Box
@@ -329,12 +328,3 @@ def _explain(
             key: ExplainedStudy(found[key], cam) for key, cam in zip(chosen, cams, strict=True)
         }
     return explained
-
-
-def list_boxes(studies: Mapping[str, StudyRow], split: str) -> dict[str, tuple[Box, ...]]:
-    """The boxes of a split's positives, in stored pixels, by key."""
-    return {
-        row.key: row.boxes
-        for row in studies.values()
-        if row.split == split and row.target == 1 and row.boxes
-    }

@@ -12,7 +12,6 @@ from jobs.evaluation.ray_scoring import (
     ExplainedStudy,
     ScoredStore,
     explain_studies,
-    list_boxes,
     score_maps,
 )
 from pneumo.config import Config
@@ -159,6 +158,15 @@ def score_saliency(
             seed=config.seed,
         )
         for split, scores in found.items()
+    }
+
+
+def list_boxes(studies: Mapping[str, StudyRow], split: str) -> dict[str, tuple[Box, ...]]:
+    """The boxes of a split's positives, in stored pixels, by key."""
+    return {
+        row.key: row.boxes
+        for row in studies.values()
+        if row.split == split and row.target == 1 and row.boxes
     }
 
 

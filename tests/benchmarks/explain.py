@@ -21,10 +21,10 @@ from jobs.evaluation.ray_scoring import (
     RunCheckpoint,
     ScoredStore,
     Scoring,
-    list_boxes,
     score_maps,
     score_splits,
 )
+from jobs.evaluation.shown_studies import list_boxes
 from jobs.ray_cluster.session import ray_session
 from pneumo.config import Config, ModelConfig
 from pneumo.dataset.manifest import read_manifest

@@ -17,11 +17,10 @@ from jobs.evaluation.ray_scoring import (
     ScoredStore,
     Scoring,
     explain_studies,
-    list_boxes,
     score_maps,
     score_splits,
 )
-from jobs.evaluation.shown_studies import choose_pictures
+from jobs.evaluation.shown_studies import choose_pictures, list_boxes
 from jobs.evaluation.wandb_results import read_evaluation
 from pneumo.command_line import parse_command_line
 from pneumo.config import Config
