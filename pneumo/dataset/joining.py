@@ -123,6 +123,17 @@ def _choose(stores: Sequence[_Store]) -> tuple[KeptRows, Counter[str]]:
     """The studies to join, and the number of the others by reason."""
     kept: KeptRows = {store: {} for store in stores}
     left_out: Counter[str] = Counter()
+    for store, row, why in _judge(stores):
+        if why is None:
+            kept[store][row.key] = replace(row, source=store.name)
+        else:
+            left_out[why] += 1
+    _check_keys(kept)
+    return kept, left_out
+
+
+def _judge(stores: Sequence[_Store]) -> Iterator[tuple[_Store, StudyRow, str | None]]:
+    """Every study with its store, and why it is left out; None where it is to be joined."""
     patients, hashes, digests = set[str](), list[str](), set[str]()
     by_picture = set[str]()  # patients of a looser split with a picture of a stricter one
     for split in _STRICTEST_FIRST:
@@ -130,19 +141,15 @@ def _choose(stores: Sequence[_Store]) -> tuple[KeptRows, Counter[str]]:
         for store in stores:
             rows = [row for row in store.rows.values() if row.split == split]
             known = KnownStudies(frozenset(patients), frozenset(digests), tuple(hashes))
-            new = list[StudyRow]()
             for row, is_duplicate in zip(rows, known.match_pictures(rows), strict=True):
+                why = None
                 if row.patient in patients:
-                    left_out[f"studies of {split} whose patient is in a stricter split"] += 1
+                    why = f"studies of {split} whose patient is in a stricter split"
                 elif is_duplicate:
-                    left_out[f"pictures of {split} that are there already"] += 1
+                    why = f"pictures of {split} that are there already"
                 elif row.patient in by_picture:
-                    left_out[
-                        f"studies of {split} whose patient has a picture in a stricter one"
-                    ] += 1
-                else:
-                    new.append(replace(row, source=store.name))
-            kept[store] |= {row.key: row for row in new}
+                    why = f"studies of {split} whose patient has a picture in a stricter one"
+                yield store, row, why
             # Of those left out too: they are of this split in their own store.
             own_patients |= {row.patient for row in rows}
             hashes += [row.picture_hash for row in rows]
@@ -152,8 +159,6 @@ def _choose(stores: Sequence[_Store]) -> tuple[KeptRows, Counter[str]]:
         looser = [row for s in stores for row in s.rows.values() if row.split in _LOOSER[split]]
         matches = zip(looser, known.match_pictures(looser), strict=True)
         by_picture |= {row.patient for row, is_known in matches if is_known}
-    _check_keys(kept)
-    return kept, left_out
 
 
 def _check_keys(kept: KeptRows) -> None:
