@@ -239,28 +239,8 @@ def write_store(
     splits: dict[str, SplitEntry] = {}
     rows: list[StudyRow] = []
     for name, number in numbers.items():
-        samples = []
-        for i in range(number):
-            target = int(i % 3 == 0)
-            noise = rng.normal(100 + 30 * target, 30, (image_size, image_size))
-            key = rng.bytes(10).hex()
-            samples.append(Sample(key, np.clip(noise, 0, 255).astype(np.uint8), target))
-            rows.append(
-                StudyRow(
-                    key=key,
-                    patient=f"{name}-{i // 2}",
-                    split=name,
-                    target=target,
-                    finding=FINDINGS[i % 3],
-                    boxes=(Box(1.0, 2.0, 8.0, 9.5),) if target else (),
-                    age=None if i % 5 == 0 else 20 + i % 60,
-                    sex=(None, "F", "M")[i % 3],
-                    view=("AP", "PA")[i % 2],
-                    spacing_mm=None if i % 4 == 0 else 0.143,
-                    pixels_digest=digest_pixels(samples[-1].pixels),
-                    source_blake3=hashlib.sha256(key.encode()).hexdigest(),
-                )
-            )
+        samples = [_draw_sample(i, image_size, rng) for i in range(number)]
+        rows += [_describe_study(name, i, sample) for i, sample in enumerate(samples)]
         gray = np.stack([sample.pixels for sample in samples])
         if name == "train":
             mean, std = float(gray.mean() / 255), float(gray.std() / 255)
@@ -297,6 +277,29 @@ def write_store(
     )
     write_manifest(store_url, manifest)
     return store_url
+
+
+def _draw_sample(i: int, image_size: int, rng: np.random.Generator) -> Sample:
+    target = int(i % 3 == 0)
+    noise = rng.normal(100 + 30 * target, 30, (image_size, image_size))
+    return Sample(rng.bytes(10).hex(), np.clip(noise, 0, 255).astype(np.uint8), target)
+
+
+def _describe_study(split: str, i: int, sample: Sample) -> StudyRow:
+    return StudyRow(
+        key=sample.key,
+        patient=f"{split}-{i // 2}",
+        split=split,
+        target=sample.target,
+        finding=FINDINGS[i % 3],
+        boxes=(Box(1.0, 2.0, 8.0, 9.5),) if sample.target else (),
+        age=None if i % 5 == 0 else 20 + i % 60,
+        sex=(None, "F", "M")[i % 3],
+        view=("AP", "PA")[i % 2],
+        spacing_mm=None if i % 4 == 0 else 0.143,
+        pixels_digest=digest_pixels(sample.pixels),
+        source_blake3=hashlib.sha256(sample.key.encode()).hexdigest(),
+    )
 
 
 def _audit(splits: Mapping[str, SplitEntry]) -> LeakageAudit:

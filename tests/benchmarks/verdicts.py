@@ -352,59 +352,31 @@ def count_claims(
 
 def list_claims(population: Population, settings: Settings) -> Iterable[tuple[str, str, Count]]:
     """Sentence, design in which it is false, how often it is printed."""
-    as_view = float(np.sqrt(2) * ndtri(0.5 + (AP[0] - AP[1]) / 2))
-
     for patients in (150, 500):
-
-        def favour(rng: np.random.Generator, patients: int = patients) -> bool:
-            _, test = settings.evaluate(population, patients, rng, ap=(0.4, 0.4))
-            return worst_subgroup_sentence(test.subgroups.worst).startswith("Served worst")
-
         yield (
             "Served worst: …",
             f"{patients} patients, all groups alike",
-            (count_claims(settings, 6, favour)),
+            count_claims(settings, 6, partial(_claims_any_group, population, settings, patients)),
         )
-
     yield (
         "Served worst: calibration … of sex …",
         "500 patients, women's risk 5 points too low, men's too high",
         count_claims(settings, 7, partial(_claims_one_sex, population, settings)),
     )
-
-    def rank(rng: np.random.Generator) -> bool:
-        return is_shown_to_rank(settings.evaluate(population, 150, rng, effect=0.0)[1].auroc)
-
     yield (
         "(no warning:) the model ranks better than chance",
         "150 patients, AUROC 0.5",
-        (count_claims(settings, 1, rank)),
+        count_claims(settings, 1, partial(_claims_ranking, population, settings)),
     )
-
-    def beat_view(rng: np.random.Generator) -> bool:
-        _, test = settings.evaluate(population, 150, rng, effect=as_view)
-        return "is higher by" in view_sentence(test.view)
-
     yield (
         "the model's AUROC is higher (than by AP or PA alone)",
         "150 patients, both 0.70",
-        (count_claims(settings, 2, beat_view)),
+        count_claims(settings, 2, partial(_claims_above_view, population, settings)),
     )
-
-    def rank_runs(rng: np.random.Generator) -> bool:
-        first = draw(150, rng, "test")
-        noise = np.random.default_rng(int(rng.integers(1 << 30))).normal(size=(2, len(first)))
-        pair = [
-            dataclasses.replace(first, logit=(first.logit + n).astype(np.float32)) for n in noise
-        ]
-        found = compare(*pair, resamples=settings.resamples, seed=0)
-        told = comparison_sentence(ComparedRuns("A", "B", {"test": found}))
-        return " ranks better" in told
-
     yield (
         "A ranks better (than B)",
         "150 patients, two equal models",
-        (count_claims(settings, 3, rank_runs)),
+        count_claims(settings, 3, partial(_claims_better_run, settings)),
     )
     for n in (12, 60):
         for sentence, start, gains in (
@@ -425,12 +397,39 @@ def list_claims(population: Population, settings: Settings) -> Iterable[tuple[st
         )
 
 
+def _claims_any_group(
+    population: Population, settings: Settings, patients: int, rng: np.random.Generator
+) -> bool:
+    _, test = settings.evaluate(population, patients, rng, ap=(0.4, 0.4))
+    return worst_subgroup_sentence(test.subgroups.worst).startswith("Served worst")
+
+
 def _claims_one_sex(population: Population, settings: Settings, rng: np.random.Generator) -> bool:
     """Whether one of two equally large sexes is named, whose risks are as wrong."""
     women = Women(0.5, ill=0.08)
     _, test = settings.evaluate(population, 500, rng, ap=(0.4, 0.4), women=women)
     worst = test.subgroups.worst
     return worst.is_shown and (worst.by, worst.measure) == ("sex", "in_the_large")
+
+
+def _claims_ranking(population: Population, settings: Settings, rng: np.random.Generator) -> bool:
+    return is_shown_to_rank(settings.evaluate(population, 150, rng, effect=0.0)[1].auroc)
+
+
+def _claims_above_view(
+    population: Population, settings: Settings, rng: np.random.Generator
+) -> bool:
+    as_view = float(np.sqrt(2) * ndtri(0.5 + (AP[0] - AP[1]) / 2))
+    _, test = settings.evaluate(population, 150, rng, effect=as_view)
+    return "is higher by" in view_sentence(test.view)
+
+
+def _claims_better_run(settings: Settings, rng: np.random.Generator) -> bool:
+    first = draw(150, rng, "test")
+    noise = np.random.default_rng(int(rng.integers(1 << 30))).normal(size=(2, len(first)))
+    pair = [dataclasses.replace(first, logit=(first.logit + n).astype(np.float32)) for n in noise]
+    found = compare(*pair, resamples=settings.resamples, seed=0)
+    return " ranks better" in comparison_sentence(ComparedRuns("A", "B", {"test": found}))
 
 
 def _claims_maps(
