@@ -43,6 +43,12 @@ _MORE_BYTES = b"\0" + bytes(range(1, 128))  # various, and none is a marker
 _GE_BIG_ENDIAN = UID("1.2.840.113619.5.2")
 """GE's private syntax: implicit VR, little endian, with big endian pixels."""
 _LOSSLESS_JPEG = {uid.JPEGLossless, uid.JPEGLosslessSV1}
+_NEW_SYNTAXES = {  # pydicom 3.0 has no names for them
+    "1.2.840.10008.1.2.4.110": "JPEG XL Lossless",
+    "1.2.840.10008.1.2.4.111": "JPEG XL JPEG Recompression",
+    "1.2.840.10008.1.2.4.112": "JPEG XL",
+    "1.2.840.10008.1.2.8.1": "Deflated Image Frame Compression",
+}
 
 _IMAGECODECS = "imagecodecs"
 _PLUGINS: dict[str, tuple[str, ...]] = {
@@ -95,7 +101,7 @@ def _installed(syntax: str) -> Collection[str]:
 
 def _name(syntax: str) -> str:
     """A transfer syntax for a message; a text that is no registered UID is not quoted."""
-    name = UID(syntax).name
+    name = _NEW_SYNTAXES.get(syntax, UID(syntax).name)
     return "an unknown transfer syntax" if name == syntax else f"{name} ({syntax})"
 
 

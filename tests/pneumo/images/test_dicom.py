@@ -1,6 +1,7 @@
 """DICOM bytes become the picture that the standard says, or an error with a reason code."""
 
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -432,6 +433,15 @@ def test_a_transfer_syntax_that_nothing_reads(make_dicom: DicomMaker) -> None:
     assert str(error).endswith("this transfer syntax is not supported")
     error = refused(data.replace(b"1.2.840.10008.1.2.4.50", b"1.2.840.11361.19530417"))
     assert (error.reason, "19530417" in str(error)) == ("no_decoder", False)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "name"), [("4.110", "JPEG XL Lossless"), ("8.1", "Deflated Image Frame Compression")]
+)
+def test_a_syntax_that_is_too_new_for_pydicom_has_its_name(syntax: str, name: str) -> None:
+    uid = f"1.2.840.10008.1.2.{syntax}"
+    with pytest.raises(DicomError, match=re.escape(f"no decoder for {name} ({uid})")):
+        choose_plugin(uid, ())
 
 
 @pytest.mark.parametrize("syntax", ["70", "80", "201"])
