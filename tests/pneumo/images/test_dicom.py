@@ -225,6 +225,28 @@ def test_ybr_of_whole_colours_under_the_header_of_half_of_them(make_dicom: Dicom
     assert image.warnings == ("codestream:PhotometricInterpretation",)
 
 
+def test_ybr_of_half_of_the_colours_has_no_planes(make_dicom: DicomMaker) -> None:
+    gray = phantom(64)
+    half = np.full((64, 32), 90, np.uint8)
+    stored = np.stack([gray[:, ::2], gray[:, 1::2], half, half], axis=-1)
+    elements = colour_elements("YBR_FULL_422") | {"Rows": 64, "Columns": 64}
+    elements["PlanarConfiguration"] = 1
+    image = read_study_image(make_dicom(stored, elements=elements), 64)
+    np.testing.assert_array_equal(image.pixels, gray)
+    assert image.warnings == ("left_out:PlanarConfiguration",)
+
+
+@pytest.mark.parametrize("photometric", ["YBR_ICT", "YBR_RCT"])
+def test_colours_of_jpeg_2000_that_were_decompressed_are_rgb(
+    make_dicom: DicomMaker, photometric: str
+) -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8)
+    image = read_study_image(make_dicom(rgb, elements=colour_elements(photometric)), 50)
+    expected = read_study_image(make_dicom(rgb, elements=colour_elements("RGB")), 50)
+    np.testing.assert_array_equal(image.pixels, expected.pixels)
+    assert image.warnings == ("codestream:PhotometricInterpretation",)
+
+
 def colour_elements(photometric: str) -> dict[str, Any]:
     return {
         "Rows": 40,
