@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 from pydicom.encaps import generate_frames
+from pydicom.filereader import read_partial
 from pydicom.pixels.utils import pixel_array
+from pydicom.tag import BaseTag
 from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -31,6 +33,7 @@ _RADIOGRAPHS = {f"1.2.840.10008.5.1.4.1.1.{end}" for end in ("1", "1.1", "1.1.1"
 _FRONTAL = {"", "AP", "PA", "ANTERO-POSTERIOR", "POSTERO-ANTERIOR", "FRONTAL"}
 _CHEST = ("CHEST", "THORAX", "LUNG", "RIB", "HEART", "STERNUM")
 _SHORT_PERIOD = 64
+_PIXEL_DATA = 0x7FE00010
 
 
 class RefusedError(ValueError):
@@ -43,7 +46,7 @@ def read_picture(path: str | Path, rule: Rule) -> Gray:
     `rule` is what preprocessing.json holds. Raises RefusedError.
     """
     try:
-        dataset = pydicom.dcmread(path)
+        dataset = _read_dataset(path)
         _check(dataset)
         gray = _render(dataset, _decode(dataset, rule["decoded_at"]))
     except RefusedError:
@@ -52,6 +55,18 @@ def read_picture(path: str | Path, rule: Rule) -> Gray:
         raise RefusedError(f"not a DICOM file that can be read: {type(error).__name__}") from error
     picture = _letterbox(gray, rule["decoded_at"])
     return _resample(picture, rule["image_size"], rule["image_size"])[None, None]
+
+
+def _read_dataset(path: str | Path) -> pydicom.Dataset:
+    """The data set up to its pixel data; pneumo ignores elements after these too."""
+    tags = [0]
+
+    def is_after_pixels(tag: BaseTag, vr: str | None, length: int) -> bool:
+        tags.append(tag)
+        return tags[-2] == _PIXEL_DATA
+
+    with Path(path).open("rb") as file:
+        return read_partial(file, stop_when=is_after_pixels)
 
 
 def _check(dataset: pydicom.Dataset) -> None:

@@ -57,6 +57,8 @@ _START_OF_IMAGE = b"\xff\xd8"
 _END_OF_IMAGE = b"\xff\xd9"
 _START_OF_JPEG_2000 = b"\xff\x4f\xff\x51"
 _EXTENDED_CAPABILITIES = b"\xff\x50"  # of HTJ2K, right after the size
+_JFIF, _ADOBE = re.compile(rb"\xff\xe0..JFIF", re.S), re.compile(rb"\xff\xee(..)Adobe", re.S)
+_CODING_STYLE, _START_OF_TILE = b"\xff\x52", b"\xff\x90"  # of JPEG 2000
 _SCAN_MARKER = re.compile(rb"\xff[\x80-\xcf\xd8-\xfe]")  # without restart markers and stuffing
 _SYNTAX_OF_FRAME_HEADER = {
     **dict.fromkeys((0xC0, 0xC2), uid.JPEGBaseline8Bit),
@@ -137,19 +139,27 @@ def is_complete(frame: bytes) -> bool:
     return find_end(frame) is not None
 
 
-def is_ycbcr(frame: bytes) -> bool:
-    """Whether a lossy JPEG of three components without a colour marker is YCbCr.
+def is_ycbcr(frame: bytes) -> bool | None:
+    """Whether a lossy JPEG of three components is YCbCr, else RGB; None where Adobe's marker is too
+    short to say it.
 
-    By libjpeg's rule: components named R, G and B are RGB.
+    By libjpeg's rule: JFIF is YCbCr, Adobe's marker says it, components named R, G and B are RGB.
     """
-    position = _find_frame_header(frame)
-    if (
-        position is None
-        or frame[position + 1] not in (0xC0, 0xC1, 0xC2)
-        or frame[position + 9] != 3
-    ):
-        return False
-    head = frame[:position]
-    if b"Adobe" in head or b"JFIF" in head:
-        return False  # pydicom handles these
-    return frame[position + 10 : position + 19 : 3].upper() != b"RGB"
+    position = _find_frame_header(frame) or 0
+    if _JFIF.search(frame, 0, position):
+        return True
+    adobe = _ADOBE.search(frame, 0, position)
+    if adobe:
+        is_whole = int.from_bytes(adobe[1], "big") >= 14
+        return frame[adobe.end() + 6 : adobe.end() + 7] != b"\0" if is_whole else None
+    return frame[position + 10 : position + 19 : 3] != b"RGB"
+
+
+def has_colour_transform(frame: bytes) -> bool:
+    """Whether the COD marker of a JPEG 2000 says that decoders return RGB (ITU-T T.800 A.6.1)."""
+    position = 2
+    while (marker := frame[position : position + 2]) not in (_START_OF_TILE, b""):
+        if marker == _CODING_STYLE:
+            return frame[position + 8 : position + 9] == b"\1"
+        position += 2 + int.from_bytes(frame[position + 2 : position + 4], "big")
+    return False

@@ -230,16 +230,18 @@ def _read_items(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> Ite
     items = read_optional(dataset, keyword, repairs) or Sequence()
     for item in items[:_MOST_TABLES] if isinstance(items, Sequence) else [items]:
         try:
-            table = _read_table(dataset, item.LUTDescriptor, item.LUTData)
+            table = _read_table(dataset, item, "LUT", repairs)
         except Exception:  # no data, no descriptor, invalid items: pydicom raises many kinds
             repairs.add(f"left_out:{keyword}")
         else:
             yield table
 
 
-def _read_table(dataset: pydicom.Dataset, descriptor: Any, data: Any) -> _Table:
-    """The table of these elements. Raises ValueError and other errors where they are invalid."""
-    count, first, bits = (int(number) for number in descriptor)
+def _read_table(dataset: pydicom.Dataset, item: Any, name: str, repairs: Repairs) -> _Table:
+    """The table of the elements `name`Descriptor and `name`Data in `item`. Raises ValueError and
+    other errors where they are invalid."""
+    count, first, bits = (int(number) for number in item[f"{name}Descriptor"].value)
+    data = item[f"{name}Data"].value
     count = count % 2**16 or 2**16
     if not 8 <= bits <= 16:
         raise ValueError(f"a look-up table of {bits} bits")
@@ -249,6 +251,9 @@ def _read_table(dataset: pydicom.Dataset, descriptor: Any, data: Any) -> _Table:
         entries = np.frombuffer(data, np.uint8 if in_bytes else f"{order}u2")
     else:
         entries = np.array(data, np.int64, ndmin=1) % 2**16
+    if np.unique(entries[count:]).size > 1:  # not padding: the count is wrong
+        repairs.add(f"left_out:{name}Descriptor")
+        count = entries.size
     entries = entries[:count].astype(np.float64)
     if not entries.size:
         raise ValueError("a look-up table without entries")
@@ -316,10 +321,7 @@ def _palette_table(dataset: pydicom.Dataset, stored: Stored, repairs: Repairs) -
     if any(f"{name}{part}" not in dataset for name in names for part in ("Descriptor", "Data")):
         raise DicomError("a palette picture without its palette", "photometric")
     try:
-        tables = [
-            _read_table(dataset, dataset[f"{name}Descriptor"].value, dataset[f"{name}Data"].value)
-            for name in names
-        ]
+        tables = [_read_table(dataset, dataset, name, repairs) for name in names]
     except Exception as error:
         raise DicomError("an invalid palette", "photometric") from error
     codes = np.maximum(_every_value(stored), 0)

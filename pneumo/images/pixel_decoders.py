@@ -7,6 +7,7 @@ all else (bits, planes, syntax, length) the codestream is followed where the hea
 """
 
 import importlib.util
+import io
 import itertools
 import struct
 from collections.abc import Collection
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import simplejpeg
+from PIL import Image
 from pydicom import uid
 from pydicom.encaps import encapsulate, generate_fragments
 from pydicom.pixels.decoders.base import get_decoder
@@ -26,6 +28,7 @@ from pneumo.images.codestreams import (
     find_end,
     find_jpeg_2000,
     find_syntax,
+    has_colour_transform,
     is_complete,
     is_signed_jpeg_2000,
     is_ycbcr,
@@ -38,16 +41,23 @@ from pneumo.images.stored_values import Stored, make_values
 
 _LONGEST_RUN = 128
 _FEW_ZEROS = 16  # that may end the data of a sound frame which lacks its end marker
+_ADOBE_RGB = b"\xff\xee\0\x0eAdobe" + bytes(7)  # the marker for RGB
 _MORE_BYTES = b"\0" + bytes(range(1, 128))  # various, and none is a marker
 
 _GE_BIG_ENDIAN = UID("1.2.840.113619.5.2")
 """GE's private syntax: implicit VR, little endian, with big endian pixels."""
 _LOSSLESS_JPEG = {uid.JPEGLossless, uid.JPEGLosslessSV1}
+_NEW_SYNTAXES = {  # pydicom 3.0 has no names for them
+    "1.2.840.10008.1.2.4.110": "JPEG XL Lossless",
+    "1.2.840.10008.1.2.4.111": "JPEG XL JPEG Recompression",
+    "1.2.840.10008.1.2.4.112": "JPEG XL",
+    "1.2.840.10008.1.2.8.1": "Deflated Image Frame Compression",
+}
 
 _IMAGECODECS = "imagecodecs"
 _PLUGINS: dict[str, tuple[str, ...]] = {
     # pydicom's names of its plugins, in order of preference.
-    uid.JPEGBaseline8Bit: ("pillow",),
+    uid.JPEGBaseline8Bit: ("pillow",),  # but without pydicom, see `_decode_lossy_jpeg`
     uid.JPEGExtended12Bit: ("pillow",),
     # Not gdcm: it crashes on some damaged frames. pydicom has no plugin for imagecodecs.
     uid.JPEGLossless: (_IMAGECODECS,),
@@ -95,7 +105,7 @@ def _installed(syntax: str) -> Collection[str]:
 
 def _name(syntax: str) -> str:
     """A transfer syntax for a message; a text that is no registered UID is not quoted."""
-    name = UID(syntax).name
+    name = _NEW_SYNTAXES.get(syntax, UID(syntax).name)
     return "an unknown transfer syntax" if name == syntax else f"{name} ({syntax})"
 
 
@@ -119,6 +129,12 @@ def decode_stored(
         # Decompressed, with the header of the compressed file.
         repairs.add("codestream:PhotometricInterpretation")
         form = replace(form, photometric="YBR_FULL")
+    elif form.photometric in ("YBR_ICT", "YBR_RCT"):  # only JPEG 2000 has these
+        repairs.add("codestream:PhotometricInterpretation")
+        form = replace(form, photometric="RGB")
+    elif form.photometric == "YBR_FULL_422" and form.planar:  # it has no planes
+        repairs.add("left_out:PlanarConfiguration")
+        form = replace(form, planar=0)
     if not size <= len(element.value or b"") < max(2 * size, 3):  # one pixel is filled up to two
         raise DicomError(f"{len(element.value or b'')} bytes of pixels, the header says {size}")
     syntax = stated
@@ -197,10 +213,14 @@ def _follow_codestream(
     elif is_lossy and bits <= 8 < form.bits_allocated:
         repairs.add("codestream:BitsAllocated")
         changes["bits_allocated"] = 8
-    if form.photometric == "RGB" and syntax in uid.JPEGTransferSyntaxes and is_ycbcr(frame):
+    photometric = form.photometric
+    if is_lossy and form.samples == 3 and is_ycbcr(frame) is (photometric == "RGB"):
+        photometric = "YBR_FULL" if photometric == "RGB" else "RGB"
+    elif syntax in uid.JPEG2000TransferSyntaxes and photometric.startswith("YBR_FULL"):
+        photometric = "RGB" if has_colour_transform(frame) else photometric
+    if photometric != form.photometric:
         repairs.add("codestream:PhotometricInterpretation")
-        changes["photometric"] = "YBR_FULL"
-    return replace(form, **changes)
+    return replace(form, **changes, photometric=photometric)
 
 
 def _decode_frame(
@@ -214,6 +234,8 @@ def _decode_frame(
 ) -> tuple[Stored, FrameFormat]:
     if plugin == _IMAGECODECS:
         stored = _decode_jpeg(frame, form)
+    elif syntax in uid.JPEGTransferSyntaxes:
+        stored = _decode_lossy_jpeg(frame, form)
     else:
         # Encapsulated again, so that the decoder gets exactly the checked bytes.
         source = encapsulate([frame], has_bot=False)
@@ -267,6 +289,23 @@ def _run_decoder(
     # Big endian data has a dtype that neither OpenCV nor a view supports.
     native = stored.astype(stored.dtype.newbyteorder("="), copy=False)
     return native, str(properties["photometric_interpretation"])
+
+
+def _decode_lossy_jpeg(frame: bytes, form: FrameFormat) -> Stored:
+    """Decode a lossy JPEG of 8 bits, without a conversion of colours.
+
+    pydicom's plugin converts YCbCr to RGB where the frame has Adobe's marker.
+    """
+    is_rgb = form.photometric == "RGB"
+    try:
+        marked = frame[:2] + _ADOBE_RGB + frame[2:] if is_rgb else frame
+        image = Image.open(io.BytesIO(marked), formats=("JPEG",))
+        if not is_rgb:
+            image.draft("YCbCr", None)
+        samples = np.asarray(image)
+    except Exception as error:
+        raise DicomError(f"pixel data does not decode: {type(error).__name__}") from error
+    return samples.view(np.int8) if form.signed else samples
 
 
 def _decode_jpeg(frame: bytes, form: FrameFormat) -> Stored:

@@ -216,6 +216,15 @@ def recode(data: bytes, path: Path, syntax: UID) -> bytes:
     return path.read_bytes()
 
 
+def test_elements_after_the_pixels_are_not_read(tmp_path: Path) -> None:
+    sound = encode_dicom(draw_values(np.random.default_rng(1), (100, 100), "u2"))
+    windowed = encode_dicom(np.zeros((100, 100), np.uint16), elements=WINDOW)
+    window = windowed[windowed.index(b"\x28\0\x50\x10") : windowed.index(b"\xe0\x7f\x10\0")]
+    expected = read(tmp_path / "a", sound, 64)
+    np.testing.assert_array_equal(read(tmp_path / "a", sound + window, 64), expected)
+    check_agreement(sound + window, tmp_path / "a")
+
+
 def test_a_jpeg_is_read_exactly_or_not_at_all(tmp_path: Path) -> None:
     pixels = draw_values(np.random.default_rng(1), (300, 280), "u1")
     data = encode_dicom(pixels, jpeg_quality=90)

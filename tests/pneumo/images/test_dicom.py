@@ -1,6 +1,7 @@
 """DICOM bytes become the picture that the standard says, or an error with a reason code."""
 
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -224,6 +225,28 @@ def test_ybr_of_whole_colours_under_the_header_of_half_of_them(make_dicom: Dicom
     assert image.warnings == ("codestream:PhotometricInterpretation",)
 
 
+def test_ybr_of_half_of_the_colours_has_no_planes(make_dicom: DicomMaker) -> None:
+    gray = phantom(64)
+    half = np.full((64, 32), 90, np.uint8)
+    stored = np.stack([gray[:, ::2], gray[:, 1::2], half, half], axis=-1)
+    elements = colour_elements("YBR_FULL_422") | {"Rows": 64, "Columns": 64}
+    elements["PlanarConfiguration"] = 1
+    image = read_study_image(make_dicom(stored, elements=elements), 64)
+    np.testing.assert_array_equal(image.pixels, gray)
+    assert image.warnings == ("left_out:PlanarConfiguration",)
+
+
+@pytest.mark.parametrize("photometric", ["YBR_ICT", "YBR_RCT"])
+def test_colours_of_jpeg_2000_that_were_decompressed_are_rgb(
+    make_dicom: DicomMaker, photometric: str
+) -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8)
+    image = read_study_image(make_dicom(rgb, elements=colour_elements(photometric)), 50)
+    expected = read_study_image(make_dicom(rgb, elements=colour_elements("RGB")), 50)
+    np.testing.assert_array_equal(image.pixels, expected.pixels)
+    assert image.warnings == ("codestream:PhotometricInterpretation",)
+
+
 def colour_elements(photometric: str) -> dict[str, Any]:
     return {
         "Rows": 40,
@@ -432,6 +455,15 @@ def test_a_transfer_syntax_that_nothing_reads(make_dicom: DicomMaker) -> None:
     assert str(error).endswith("this transfer syntax is not supported")
     error = refused(data.replace(b"1.2.840.10008.1.2.4.50", b"1.2.840.11361.19530417"))
     assert (error.reason, "19530417" in str(error)) == ("no_decoder", False)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "name"), [("4.110", "JPEG XL Lossless"), ("8.1", "Deflated Image Frame Compression")]
+)
+def test_a_syntax_that_is_too_new_for_pydicom_has_its_name(syntax: str, name: str) -> None:
+    uid = f"1.2.840.10008.1.2.{syntax}"
+    with pytest.raises(DicomError, match=re.escape(f"no decoder for {name} ({uid})")):
+        choose_plugin(uid, ())
 
 
 @pytest.mark.parametrize("syntax", ["70", "80", "201"])

@@ -128,6 +128,22 @@ def test_a_voi_table_is_followed(make_dicom: DicomMaker) -> None:
     np.testing.assert_array_equal(decode_gray(parse(data)), expected)
 
 
+@pytest.mark.parametrize("padding", [0, 65535, None])
+def test_a_table_is_as_long_as_its_entries_without_padding(
+    make_dicom: DicomMaker, padding: int | None
+) -> None:
+    values = np.arange(256, dtype=np.uint16) * np.uint16(257)
+    if padding is not None:
+        values[100:] = padding
+    table = Dataset()
+    table.LUTDescriptor, table.LUTData = [100, 0, 16], values.tobytes()
+    table["LUTData"].VR = "OW"
+    image = read_study_image(make_dicom(RAMP, elements={"VOILUTSequence": Sequence([table])}), 16)
+    expected = RAMP if padding is None else np.minimum(RAMP, 99)
+    np.testing.assert_array_equal(image.pixels, expected)
+    assert image.warnings == (("left_out:LUTDescriptor",) if padding is None else ())
+
+
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
 @pytest.mark.parametrize("window", [{}, {"WindowCenter": 1000, "WindowWidth": 2000}], ids=str)
 @pytest.mark.parametrize("limit", [None, 65535])

@@ -30,6 +30,7 @@ from pydicom.uid import (
 from pneumo.errors import DicomError
 from pneumo.images.codestreams import find_end, find_syntax, is_complete
 from pneumo.images.dicom import GrayImage, decode_gray, read_study_image
+from tests.pneumo.images.pictures import parse
 
 pytestmark = pytest.mark.processors
 
@@ -340,15 +341,68 @@ def test_pixels_of_the_other_byte_order_in_the_syntax_of_ge(make_dicom: DicomMak
     np.testing.assert_array_equal(read(buffer.getvalue()).pixels, read(make_dicom(pixels)).pixels)
 
 
-def test_lossy_colours_without_a_marker_are_ycbcr(make_dicom: DicomMaker) -> None:
+JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
+ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"  # and a byte: 0 for RGB, 1 for YCbCr
+
+
+@pytest.mark.parametrize("stated", ["RGB", "YBR_FULL", "YBR_FULL_422"])
+@pytest.mark.parametrize(
+    ("is_rgb", "markers"),
+    [
+        (False, b""),
+        (False, JFIF),
+        (False, ADOBE + b"\1"),
+        (False, JFIF + ADOBE + b"\0"),
+        (True, b""),
+        (True, ADOBE + b"\0"),
+    ],
+    ids=["YCbCr", "JFIF", "Adobe YCbCr", "JFIF and Adobe RGB", "R, G, B", "Adobe RGB"],
+)
+def test_lossy_colours_are_those_of_the_markers(
+    make_dicom: DicomMaker, is_rgb: bool, markers: bytes, stated: str
+) -> None:
     rgb = np.stack([smooth(255, seed) for seed in range(3)], axis=-1)
-    frame = jpeg(rgb, subsampling=0)
-    assert frame[2:4] == b"\xff\xe0"
-    bare = frame[:2] + frame[4 + int.from_bytes(frame[4:6], "big") :]
-    elements = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
-    image = read(with_frame(make_dicom, bare, pydicom.uid.JPEGBaseline8Bit, elements))
+    frame = jpeg(rgb, subsampling=0, keep_rgb=is_rgb)
+    marked = frame[:2] + markers + frame[frame.index(b"\xff\xdb") :]
+    elements = colours(stated)
+    image = read(with_frame(make_dicom, marked, pydicom.uid.JPEGBaseline8Bit, elements))
     assert np.abs(gray(image) - cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)).max() <= 6
-    assert image.warnings == ("codestream:PhotometricInterpretation",)
+    counted = image.warnings == ("codestream:PhotometricInterpretation",)
+    assert counted == (is_rgb != (stated == "RGB"))
+
+
+def colours(photometric: str) -> dict[str, Any]:
+    return {
+        "SamplesPerPixel": 3,
+        "PhotometricInterpretation": photometric,
+        "PlanarConfiguration": 0,
+    }
+
+
+def test_a_marker_of_adobe_that_is_too_short() -> None:
+    data = pydicom.data.get_testdata_file("SC_rgb_jpeg.dcm", read=False)
+    dataset = parse(Path(str(data)).read_bytes())
+    expected = cv2.cvtColor(dataset.pixel_array, cv2.COLOR_RGB2GRAY).astype(int)
+    assert np.abs(decode_gray(dataset) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("stated", ["YBR_FULL", "YBR_FULL_422"])
+@pytest.mark.parametrize("kind", ["RGB", "RGB, high throughput", "YCbCr"])
+def test_colours_of_jpeg_2000_are_those_of_its_transform(
+    make_dicom: DicomMaker, kind: str, stated: str
+) -> None:
+    imagecodecs = pytest.importorskip("imagecodecs", reason="needs the extra 'codecs'")
+    rgb = np.stack([smooth(255, seed) for seed in range(3)], axis=-1)
+    syntax, is_rgb = pydicom.uid.JPEG2000, kind != "YCbCr"
+    if "high" in kind:
+        syntax, frame = pydicom.uid.HTJ2K, imagecodecs.htj2k_encode(rgb, reversible=True)
+    elif is_rgb:
+        frame = encode_jpeg_2000(rgb)
+    else:
+        frame = encode_jpeg_2000(cv2.cvtColor(rgb, cv2.COLOR_RGB2YCrCb), mct=False)
+    image = read(with_frame(make_dicom, bytes(frame), syntax, colours(stated)))
+    assert np.abs(gray(image) - cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)).max() <= 1
+    assert image.warnings == (("codestream:PhotometricInterpretation",) if is_rgb else ())
 
 
 def encode_jpeg_2000(pixels: Pixels, **options: Any) -> bytes:
