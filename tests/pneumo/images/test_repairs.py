@@ -900,12 +900,42 @@ def test_the_photometric_interpretation_in_another_spelling(
     assert image.warnings == ("spelling:PhotometricInterpretation",)
 
 
-def test_what_is_refused_names_tag_and_kind_and_no_value(make_dicom: DicomMaker) -> None:
+@pytest.mark.parametrize("text", [b"Mary^Ann", b"Mary\\1  ", b"1.5     "])
+def test_what_is_refused_names_tag_and_kind_and_no_value(
+    make_dicom: DicomMaker, text: bytes
+) -> None:
     data = make_dicom(smooth(255), elements={"NumberOfFrames": "11111111"})
     with pytest.raises(DicomError) as caught:
-        read(data.replace(b"11111111", b"Mary^Ann"))
+        read(data.replace(b"11111111", text))
     assert str(caught.value).startswith("NumberOfFrames (0028,0008) is ")
     assert "Mary" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"1,0     ", b"1\\1     "])
+def test_a_number_of_frames_that_means_one(make_dicom: DicomMaker, text: bytes) -> None:
+    data = make_dicom(smooth(255), elements={"NumberOfFrames": "11111111"})
+    image = read(data.replace(b"11111111", text))
+    np.testing.assert_array_equal(image.pixels, read(make_dicom(smooth(255))).pixels)
+    assert image.warnings == (f"{'spelling' if b',' in text else 'left_out'}:NumberOfFrames",)
+
+
+@pytest.mark.parametrize(
+    "keyword",
+    ["Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation", "SamplesPerPixel"],
+)
+@pytest.mark.parametrize("in_bytes", [True, False])
+def test_a_required_number_of_two_values_or_of_another_kind(
+    make_dicom: DicomMaker, keyword: str, in_bytes: bool
+) -> None:
+    data = make_dicom(smooth(4095))
+    tag = int(pydicom.datadict.tag_for_keyword(keyword) or 0)
+    head = struct.pack("<HH", tag >> 16, tag & 0xFFFF)
+    start = data.index(head + b"US\2\0")
+    value = data[start + 8 : start + 10]
+    other = b"OW\0\0\2\0\0\0" + value if in_bytes else b"US\4\0" + value + b"\7\0"
+    image = read(data[: start + 4] + other + data[start + 10 :])
+    np.testing.assert_array_equal(image.pixels, read(data).pixels)
+    assert image.warnings == (f"{'spelling' if in_bytes else 'left_out'}:{keyword}",)
 
 
 # --- what does not parse --------------------------------------------------------------------------
