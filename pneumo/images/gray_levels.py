@@ -25,7 +25,7 @@ from pydicom.uid import ExplicitVRBigEndian
 from scipy.special import expit
 
 from pneumo.errors import DicomError
-from pneumo.images.elements import Repairs, first_text, read_numbers, read_optional
+from pneumo.images.elements import Repairs, first_text, read_each, read_numbers, read_optional
 from pneumo.images.frame_format import FrameFormat
 from pneumo.images.pixel_decoders import transfer_syntax
 from pneumo.images.stored_values import Stored
@@ -164,33 +164,41 @@ def _apply_voi(
         if _has_contrast(levels, values, counts):
             return np.asarray(levels)
         repairs.add("left_out:VOILUTSequence")
-    centers = read_numbers(dataset, "WindowCenter", repairs)
-    widths = read_numbers(dataset, "WindowWidth", repairs)
+    centers = read_each(dataset, "WindowCenter", repairs)
+    widths = read_each(dataset, "WindowWidth", repairs)
     function = first_text(read_optional(dataset, "VOILUTFunction", repairs)).upper() or "LINEAR"
     for center, width in zip(centers, widths, strict=False):
-        if width <= 0 or (width < 1 and function not in ("SIGMOID", "LINEAR_EXACT")):
+        # LINEAR is for whole numbers. With a width below 1 it is read as LINEAR_EXACT, where the
+        # values are that fine.
+        is_exact = width < 1 and function not in ("SIGMOID", "LINEAR_EXACT")
+        num_inside = np.count_nonzero(counts[np.abs(values - center) < width / 2])
+        if not width > 0 or (is_exact and num_inside < _FEW_VALUES):
+            repairs.add("left_out:WindowWidth")
             continue
-        levels = apply_window(values, center, width, function)
-        if _has_contrast(levels, values, counts):
+        levels = apply_window(values, center, width, "LINEAR_EXACT" if is_exact else function)
+        if not np.isnan(center) and _has_contrast(levels, values, counts):
+            if is_exact:
+                repairs.add("left_out:VOILUTFunction")
             return levels
         repairs.add("left_out:WindowCenter")
     return None
 
 
 def _has_contrast(levels: Values, values: Values, counts: Counts) -> bool:
-    """Whether less than 99.8 % of the pixels become black, less than 99.8 % white, and some take a
-    level above the lowest eighth; True where all pixels have the same value."""
+    """Whether less than 99.8 % of the pixels become black, less than 99.8 % white, and they take an
+    eighth of the gray levels or more; True where all pixels have the same value."""
     used = counts > 0
     if not used.any() or np.ptp(values[used]) == 0:
         return True
     limit = _ALMOST_ALL * counts.sum()
     black, white = counts[levels < _HALF_LEVEL].sum(), counts[levels > 1 - _HALF_LEVEL].sum()
-    return bool(max(black, white) < limit and levels[used].max() >= _DARK)
+    return bool(max(black, white) < limit and np.ptp(levels[used]) >= _FEW_LEVELS)
 
 
 _ALMOST_ALL = 0.998
 _HALF_LEVEL = 0.5 / 255
-_DARK = 0.125  # a window for 12 bits, kept beside a frame of 8, uses the lowest 16 of 256 levels
+_FEW_VALUES = 16  # in a window narrower than 1: whole numbers have one
+_FEW_LEVELS = 0.125  # a window for 12 bits, kept beside a frame of 8, uses 16 of 256 levels
 
 
 @dataclass(frozen=True)

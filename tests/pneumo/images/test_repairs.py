@@ -776,26 +776,62 @@ def test_a_window_that_leaves_nothing_to_see_is_left_out(
     assert image.warnings == ("left_out:WindowCenter",)
 
 
-@pytest.mark.parametrize(("white", "window"), [(255, 4096), (255, 65536), (4095, 65536)])
+@pytest.mark.parametrize(
+    ("white", "center", "width"),
+    [
+        *((255, 128, 4096), (255, 2048, 4096), (255, 32768, 65536)),
+        *((4095, 32768, 65536), (4095, 2048, 65536), (4095, 0, 65536), (4095, 2048, "1e30")),
+    ],
+)
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
 def test_a_window_for_values_of_more_bits_is_left_out(
-    make_dicom: DicomMaker, white: int, window: int, photometric: str
+    make_dicom: DicomMaker, white: int, center: int, width: int | str, photometric: str
 ) -> None:
     elements = {"PhotometricInterpretation": photometric}
     pixels = smooth(white)
     expected = read(make_dicom(pixels, elements=elements)).pixels
-    elements |= {"WindowCenter": str(window // 2), "WindowWidth": str(window)}
+    elements |= {"WindowCenter": str(center), "WindowWidth": str(width)}
     image = read(make_dicom(pixels, elements=elements))
     np.testing.assert_array_equal(image.pixels, expected)
     assert image.warnings == ("left_out:WindowCenter",)
 
 
-def test_the_first_window_that_shows_something_is_taken(make_dicom: DicomMaker) -> None:
+@pytest.mark.parametrize(
+    ("center", "width", "left_out"),
+    [
+        ("60000", "10", {"WindowCenter"}),
+        ("1000", "0", {"WindowWidth"}),
+        ("1000", "-1500", {"WindowWidth"}),
+        ("nan", "1500", {"WindowCenter"}),
+        ("1000", " ", {"WindowWidth"}),
+        (" ", " ", {"WindowCenter", "WindowWidth"}),
+    ],
+)
+def test_the_first_window_that_shows_something_is_taken(
+    make_dicom: DicomMaker, center: str, width: str, left_out: set[str]
+) -> None:
     pixels = smooth(4095)
-    several = {"WindowCenter": ["60000", "1000"], "WindowWidth": ["10", "1500"]}
-    one = {"WindowCenter": "1000", "WindowWidth": "1500"}
+    one = {"WindowCenter": "1200", "WindowWidth": "1600"}
     expected = read(make_dicom(pixels, elements=one)).pixels
-    np.testing.assert_array_equal(read(make_dicom(pixels, elements=several)).pixels, expected)
+    several = {"WindowCenter": [center, "1200"], "WindowWidth": [width, "1600"]}
+    image = read(make_dicom(pixels, elements=several))
+    np.testing.assert_array_equal(image.pixels, expected)
+    assert set(image.warnings) == {f"left_out:{element}" for element in left_out}
+
+
+@pytest.mark.parametrize("is_fine", [True, False])
+def test_a_window_narrower_than_one_is_for_finer_values(
+    make_dicom: DicomMaker, is_fine: bool
+) -> None:
+    pixels = smooth(4095)
+    elements = {"WindowCenter": "0.018", "WindowWidth": "0.026"}
+    if is_fine:
+        elements["RescaleSlope"] = "0.00001"
+    image = read(make_dicom(pixels, elements=elements))
+    exact = np.clip((pixels - 1800.0) / 2600 + 0.5, 0, 1) * 255
+    expected = exact if is_fine else gray(read(make_dicom(pixels)))
+    assert np.abs(gray(image) - expected).max() <= 1
+    assert image.warnings == (f"left_out:{'VOILUTFunction' if is_fine else 'WindowWidth'}",)
 
 
 @pytest.mark.parametrize("first", [Dataset(), lut(np.full(4096, 7), 12)[0]], ids=["empty", "flat"])
