@@ -90,7 +90,9 @@ def _gray_table(
         counts = None
         if not is_8_bit or "VOILUTSequence" in dataset or "WindowCenter" in dataset:
             counts = np.where(padding, 0, _count_codes(stored))
-        levels = None if counts is None else _apply_voi(dataset, values, counts, repairs)
+        low = -(2 ** (form.bits_stored - 1)) if form.signed else 0
+        possible = (inputs >= low) & (inputs < low + 2**form.bits_stored)
+        levels = None if counts is None else _apply_voi(dataset, values, counts, possible, repairs)
         if levels is None and is_8_bit:
             levels = values / (2**form.bits_stored - 1)
         if levels is None:
@@ -155,10 +157,15 @@ def _apply_modality(dataset: pydicom.Dataset, values: Values, repairs: Repairs) 
 
 
 def _apply_voi(
-    dataset: pydicom.Dataset, values: Values, counts: Counts, repairs: Repairs
+    dataset: pydicom.Dataset,
+    values: Values,
+    counts: Counts,
+    possible: npt.NDArray[np.bool_],
+    repairs: Repairs,
 ) -> Values | None:
     """`values` after the first usable VOI LUT, or else window, in [0, 1] (PS3.3 C.11.2); None where
-    there is none. `counts` are the pixels of each of the `values`."""
+    there is none. `counts` are the pixels of each of the `values`, and the header's bits make some
+    of them `possible`."""
     for table in _read_items(dataset, "VOILUTSequence", repairs):
         levels = table.apply(values) / table.find_white("VOILUTSequence", repairs)
         if _has_contrast(levels, values, counts):
@@ -176,7 +183,8 @@ def _apply_voi(
             repairs.add("left_out:WindowWidth")
             continue
         levels = apply_window(values, center, width, "LINEAR_EXACT" if is_exact else function)
-        if not np.isnan(center) and _has_contrast(levels, values, counts):
+        is_far_wider = not np.ptp(levels[possible]) >= _FEW_LEVELS  # also of a centre that is NaN
+        if not is_far_wider and _has_contrast(levels, values, counts):
             if is_exact:
                 repairs.add("left_out:VOILUTFunction")
             return levels
@@ -185,14 +193,14 @@ def _apply_voi(
 
 
 def _has_contrast(levels: Values, values: Values, counts: Counts) -> bool:
-    """Whether less than 99.8 % of the pixels become black, less than 99.8 % white, and they take an
-    eighth of the gray levels or more; True where all pixels have the same value."""
+    """Whether less than 99.8 % of the pixels become black, less than 99.8 % white, and some take a
+    level above the lowest eighth; True where all pixels have the same value."""
     used = counts > 0
     if not used.any() or np.ptp(values[used]) == 0:
         return True
     limit = _ALMOST_ALL * counts.sum()
     black, white = counts[levels < _HALF_LEVEL].sum(), counts[levels > 1 - _HALF_LEVEL].sum()
-    return bool(max(black, white) < limit and np.ptp(levels[used]) >= _FEW_LEVELS)
+    return bool(max(black, white) < limit and levels[used].max() >= _FEW_LEVELS)
 
 
 _ALMOST_ALL = 0.998

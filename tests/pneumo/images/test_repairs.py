@@ -787,13 +787,22 @@ def test_a_window_that_leaves_nothing_to_see_is_left_out(
 def test_a_window_for_values_of_more_bits_is_left_out(
     make_dicom: DicomMaker, white: int, center: int, width: int | str, photometric: str
 ) -> None:
-    elements = {"PhotometricInterpretation": photometric}
+    bits = white.bit_length()
+    elements = {"PhotometricInterpretation": photometric, "BitsStored": bits, "HighBit": bits - 1}
     pixels = smooth(white)
     expected = read(make_dicom(pixels, elements=elements)).pixels
     elements |= {"WindowCenter": str(center), "WindowWidth": str(width)}
     image = read(make_dicom(pixels, elements=elements))
     np.testing.assert_array_equal(image.pixels, expected)
     assert image.warnings == ("left_out:WindowCenter",)
+
+
+def test_a_sound_window_of_a_faint_picture_is_kept(make_dicom: DicomMaker) -> None:
+    faint = smooth(255).astype(np.uint16) + np.uint16(2000)
+    window = {"WindowCenter": 2048, "WindowWidth": 4096}
+    image = read(make_dicom(faint, elements={"BitsStored": 12, "HighBit": 11} | window))
+    assert (gray(image).min(), gray(image).max()) == (125, 140)
+    assert image.warnings == ()
 
 
 @pytest.mark.parametrize(
