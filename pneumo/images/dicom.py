@@ -6,10 +6,12 @@ faster (`fast_dicom`); `decode_gray` is the reference. Where the size of the sto
 half the original size, libjpeg decodes at half size, within 3 gray levels of the full decode.
 """
 
+import itertools
+import math
 import re
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -62,9 +64,10 @@ _SINGLE_TEXTS = {
     **dict.fromkeys(("PresentationIntentType", "Laterality", "ImageLaterality"), b"CS"),
     "PresentationLUTShape": b"CS",
 }
+_SPACINGS = ("PixelSpacing", "ImagerPixelSpacing")
 _TEXTS = {
     int(Tag(keyword)): (keyword, vr)
-    for keyword, vr in {**_SINGLE_TEXTS, "PixelSpacing": b"DS", "ImagerPixelSpacing": b"DS"}.items()
+    for keyword, vr in {**_SINGLE_TEXTS, **dict.fromkeys(_SPACINGS, b"DS")}.items()
 }
 
 
@@ -115,20 +118,29 @@ def read_study_image(data: bytes, image_size: int) -> GrayImage:
         dataset = parse(data, repairs)
         _check_class(dataset)
         gray, get = _decode_gray(dataset, repairs), read_from(dataset, repairs)
-        spacing = read_numbers(dataset, "PixelSpacing", repairs) or read_numbers(
-            dataset, "ImagerPixelSpacing", repairs
-        )
-        if len(set(read_numbers(dataset, "PixelAspectRatio", repairs))) > 1:
-            repairs.add("doubtful:aspect")  # pixels that are not square
+        spacing = _take_first(read_numbers(dataset, name, repairs) for name in _SPACINGS)
+        aspect = read_numbers(dataset, "PixelAspectRatio", repairs)
+        if not (_is_square(spacing) and _is_square(aspect)):
+            repairs.add("doubtful:aspect")
         return make_image(
             gray,
             image_size,
-            shape=(int(dataset.Rows), int(dataset.Columns)),
+            shape=gray.shape,
             header=read_header(get, spacing),
             identifier=str(get("PatientID") or "") or None,
             acquisition=make_acquisition(get),
             repairs=repairs,
         )
+
+
+def _take_first(spacings: Iterable[Sequence[float]]) -> Sequence[float]:
+    """The first of `spacings` that starts with a length, as some writers fill one with zeros."""
+    return next((sides for sides in spacings if sides and sides[0] > 0), ())
+
+
+def _is_square(sides: Sequence[float]) -> bool:
+    """Whether the first two `sides` of a pixel, where they are stated, differ by at most 1 %."""
+    return len(sides) < 2 or math.isclose(sides[0], sides[1], rel_tol=0.01)
 
 
 _NUMBER = re.compile(r" *[-+]?\d{1,9}(\.\d{0,9})? *")
@@ -147,16 +159,18 @@ def _read_fast(file: BaselineFile, image_size: int) -> GrayImage | None:
     gray = _decode_fast(file, image_size)
     if gray is None:
         return None
-    spacing = (texts.get("PixelSpacing") or texts.get("ImagerPixelSpacing") or "0").split("\\")
-    if not all(_NUMBER.fullmatch(number) for number in spacing):
+    stated = [texts[name].split("\\") for name in _SPACINGS if texts.get(name)]
+    if not all(_NUMBER.fullmatch(number) for number in itertools.chain(*stated)):
         return None
+    spacing = _take_first(list(map(float, numbers)) for numbers in stated)
     return make_image(
         gray,
         image_size,
         shape=(file.form.rows, file.form.columns),
-        header=read_header(texts.get, [float(number) for number in spacing]),
+        header=read_header(texts.get, spacing),
         identifier=texts.get("PatientID") or None,
         acquisition=make_acquisition(texts.get),
+        repairs=() if _is_square(spacing) else ("doubtful:aspect",),
     )
 
 

@@ -3,6 +3,7 @@
 A record is an action and an element, `left_out:WindowWidth`, and never contains a value.
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -38,18 +39,19 @@ def first_text(value: Any) -> str:
 
 def read_numbers(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> list[float]:
     """The element's finite numbers, up to the first invalid one."""
+    return list(itertools.takewhile(math.isfinite, read_each(dataset, keyword, repairs)))
+
+
+def read_each(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> list[float]:
+    """The element's numbers, NaN for each invalid one."""
     value = read_optional(dataset, keyword, repairs)
     if value is None:
         return []
     values = list(value) if isinstance(value, (MultiValue, list)) else [value]
-    found = list[float]()
-    for one in values:
-        number = _read_number(one)
-        if number is None:
-            repairs.add(f"left_out:{keyword}")
-            return found
-        found.append(number)
-    if any(isinstance(one, (str, bytes)) and not _is_plain(one) for one in values):
+    found = [_read_number(one) for one in values]
+    if not all(map(math.isfinite, found)):
+        repairs.add(f"left_out:{keyword}")
+    elif any(isinstance(one, (str, bytes)) and not _is_plain(one) for one in values):
         repairs.add(f"spelling:{keyword}")
     return found
 
@@ -62,27 +64,32 @@ def _is_plain(value: str | bytes) -> bool:
     return isinstance(value, str)
 
 
-def _read_number(value: Any) -> float | None:
-    """A finite number, also from `2048,5`, `[2048]` or two bytes; else None."""
+def _read_number(value: Any) -> float:
+    """A finite number, also from `2048,5`, `[2048]` or two bytes; else NaN."""
     if isinstance(value, bytes):  # a number with VR OW
-        return float(int.from_bytes(value, "little")) if len(value) == 2 else None
+        return float(int.from_bytes(value, "little")) if len(value) == 2 else math.nan
     if isinstance(value, str):
         value = value.strip(" \0[]()").replace(",", ".")
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+        return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
-def read_integer(dataset: pydicom.Dataset, keyword: str, absent: int) -> int:
-    """A required integer. Raises DicomError, which names the element."""
-    try:
-        value = dataset.get(keyword)
-        return absent if value is None or value == "" else int(value)
-    except (TypeError, ValueError, OverflowError, NotImplementedError) as error:
+def read_integer(dataset: pydicom.Dataset, keyword: str, absent: int, repairs: Repairs) -> int:
+    """A required integer, the first of several. Raises DicomError, which names the element."""
+    own = Repairs()
+    numbers = read_numbers(dataset, keyword, own)
+    if not numbers and not own:
+        return absent
+    if not numbers or not numbers[0].is_integer():
         tag = Tag(tag_for_keyword(keyword) or 0)
-        raise DicomError(f"{keyword} {tag} is {_kind(dataset, tag)}, not a whole number") from error
+        raise DicomError(f"{keyword} {tag} is {_kind(dataset, tag)}, not a whole number")
+    if len(numbers) > 1:
+        own.add(f"left_out:{keyword}")
+    repairs |= own
+    return int(numbers[0])
 
 
 def _kind(dataset: pydicom.Dataset, tag: Any) -> str:

@@ -41,23 +41,24 @@ def read_format(dataset: pydicom.Dataset, repairs: Repairs) -> FrameFormat:
         raise DicomError("floating-point pixels, expected 1 to 16 bits", "photometric")
     if "PixelData" not in dataset or "Rows" not in dataset or "Columns" not in dataset:
         raise DicomError("no pixel data (is the file truncated?)", "no_pixels")
-    frames = read_integer(dataset, "NumberOfFrames", 1) or 1
+    frames = read_integer(dataset, "NumberOfFrames", 1, repairs) or 1
     if frames != 1:
         raise DicomError(f"{frames} frames, expected one", "multi_frame")
-    rows, columns = read_integer(dataset, "Rows", 0), read_integer(dataset, "Columns", 0)
+    rows = read_integer(dataset, "Rows", 0, repairs)
+    columns = read_integer(dataset, "Columns", 0, repairs)
     if rows < 1 or columns < 1:
         raise DicomError(f"claims {rows} x {columns} pixels", "no_pixels")
     if rows * columns > MAX_PIXELS:
         raise DicomError(f"claims {rows} x {columns} pixels", "too_large")
-    samples = read_integer(dataset, "SamplesPerPixel", 1)
+    samples = read_integer(dataset, "SamplesPerPixel", 1, repairs)
     photometric = _read_photometric(dataset, samples, repairs)
-    allocated = read_integer(dataset, "BitsAllocated", 0)
-    stored = read_integer(dataset, "BitsStored", allocated)
+    allocated = read_integer(dataset, "BitsAllocated", 0, repairs)
+    stored = read_integer(dataset, "BitsStored", allocated, repairs)
     if allocated not in (8, 16) or not 1 <= stored <= allocated:
         raise DicomError(
             f"{stored} bits stored in {allocated}, expected 1 to 16 bits in 8 or 16", "photometric"
         )
-    representation = read_integer(dataset, "PixelRepresentation", 0)
+    representation = read_integer(dataset, "PixelRepresentation", 0, repairs)
     if representation not in (0, 1):
         raise DicomError(f"pixel representation {representation}, expected 0 or 1")
     high_bit = _read_or_leave_out(

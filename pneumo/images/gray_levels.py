@@ -25,7 +25,7 @@ from pydicom.uid import ExplicitVRBigEndian
 from scipy.special import expit
 
 from pneumo.errors import DicomError
-from pneumo.images.elements import Repairs, first_text, read_numbers, read_optional
+from pneumo.images.elements import Repairs, first_text, read_each, read_numbers, read_optional
 from pneumo.images.frame_format import FrameFormat
 from pneumo.images.pixel_decoders import transfer_syntax
 from pneumo.images.stored_values import Stored
@@ -90,7 +90,9 @@ def _gray_table(
         counts = None
         if not is_8_bit or "VOILUTSequence" in dataset or "WindowCenter" in dataset:
             counts = np.where(padding, 0, _count_codes(stored))
-        levels = None if counts is None else _apply_voi(dataset, values, counts, repairs)
+        low = -(2 ** (form.bits_stored - 1)) if form.signed else 0
+        possible = (inputs >= low) & (inputs < low + 2**form.bits_stored)
+        levels = None if counts is None else _apply_voi(dataset, values, counts, possible, repairs)
         if levels is None and is_8_bit:
             levels = values / (2**form.bits_stored - 1)
         if levels is None:
@@ -155,23 +157,36 @@ def _apply_modality(dataset: pydicom.Dataset, values: Values, repairs: Repairs) 
 
 
 def _apply_voi(
-    dataset: pydicom.Dataset, values: Values, counts: Counts, repairs: Repairs
+    dataset: pydicom.Dataset,
+    values: Values,
+    counts: Counts,
+    possible: npt.NDArray[np.bool_],
+    repairs: Repairs,
 ) -> Values | None:
     """`values` after the first usable VOI LUT, or else window, in [0, 1] (PS3.3 C.11.2); None where
-    there is none. `counts` are the pixels of each of the `values`."""
+    there is none. `counts` are the pixels of each of the `values`, and the header's bits make some
+    of them `possible`."""
     for table in _read_items(dataset, "VOILUTSequence", repairs):
         levels = table.apply(values) / table.find_white(repairs)
         if _has_contrast(levels, values, counts):
             return np.asarray(levels)
         repairs.add("left_out:VOILUTSequence")
-    centers = read_numbers(dataset, "WindowCenter", repairs)
-    widths = read_numbers(dataset, "WindowWidth", repairs)
+    centers = read_each(dataset, "WindowCenter", repairs)
+    widths = read_each(dataset, "WindowWidth", repairs)
     function = first_text(read_optional(dataset, "VOILUTFunction", repairs)).upper() or "LINEAR"
     for center, width in zip(centers, widths, strict=False):
-        if width <= 0 or (width < 1 and function not in ("SIGMOID", "LINEAR_EXACT")):
+        # LINEAR is for whole numbers. With a width below 1 it is read as LINEAR_EXACT, where the
+        # values are that fine.
+        is_exact = width < 1 and function not in ("SIGMOID", "LINEAR_EXACT")
+        num_inside = np.count_nonzero(counts[np.abs(values - center) < width / 2])
+        if not width > 0 or (is_exact and num_inside < _FEW_VALUES):
+            repairs.add("left_out:WindowWidth")
             continue
-        levels = apply_window(values, center, width, function)
-        if _has_contrast(levels, values, counts):
+        levels = apply_window(values, center, width, "LINEAR_EXACT" if is_exact else function)
+        is_far_wider = not np.ptp(levels[possible]) >= _FEW_LEVELS  # also of a centre that is NaN
+        if not is_far_wider and _has_contrast(levels, values, counts):
+            if is_exact:
+                repairs.add("left_out:VOILUTFunction")
             return levels
         repairs.add("left_out:WindowCenter")
     return None
@@ -185,12 +200,13 @@ def _has_contrast(levels: Values, values: Values, counts: Counts) -> bool:
         return True
     limit = _ALMOST_ALL * counts.sum()
     black, white = counts[levels < _HALF_LEVEL].sum(), counts[levels > 1 - _HALF_LEVEL].sum()
-    return bool(max(black, white) < limit and levels[used].max() >= _DARK)
+    return bool(max(black, white) < limit and levels[used].max() >= _FEW_LEVELS)
 
 
 _ALMOST_ALL = 0.998
 _HALF_LEVEL = 0.5 / 255
-_DARK = 0.125  # a window for 12 bits, kept beside a frame of 8, uses the lowest 16 of 256 levels
+_FEW_VALUES = 16  # in a window narrower than 1: whole numbers have one
+_FEW_LEVELS = 0.125  # a window for 12 bits, kept beside a frame of 8, uses 16 of 256 levels
 
 
 @dataclass(frozen=True)

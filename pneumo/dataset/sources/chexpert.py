@@ -10,7 +10,7 @@ from pneumo import storage
 from pneumo.dataset.source import Source
 from pneumo.dataset.sources.layout import Folder, Layout, StudyCollector, positive_labels
 from pneumo.dataset.sources.tables import (
-    FIRST_ROW,
+    LINE,
     first_present,
     read_first_line,
     read_numbers,
@@ -58,8 +58,8 @@ def _read_table(
     labels = list(zip(*(read_numbers(table, name, url) for name in positive), strict=True))
     healthy = read_numbers(table, "No Finding", url)
     texts = (read_texts(table, name) for name in (_PATH, _SIDE, "Age", "Sex", "AP/PA"))
-    rows = zip(labels, healthy, *texts, strict=True)
-    for row, (marks, is_healthy, path, side, age, sex, view) in enumerate(rows, FIRST_ROW):
+    rows = zip(table[LINE].to_pylist(), labels, healthy, *texts, strict=True)
+    for row, marks, is_healthy, path, side, age, sex, view in rows:
         if side.casefold() != "frontal":
             left_out[_LATERAL] += 1
             continue

@@ -5,7 +5,6 @@ https://nihcc.app.box.com/v/ChestXray-NIHCC
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 
 import pyarrow as pa
@@ -14,6 +13,7 @@ from pneumo import storage
 from pneumo.dataset.source import Source
 from pneumo.dataset.sources.layout import Folder, Layout, StudyCollector, positive_labels
 from pneumo.dataset.sources.tables import (
+    LINE,
     make_box,
     read_numbers,
     read_table,
@@ -50,17 +50,14 @@ def read_nih(folder: Folder, layout: Layout) -> Source:
     if unknown := positive - set().union(*labels):
         raise SourceError(f"{url}: no image is labelled {', '.join(sorted(unknown))}")
     images, boxes = _list_images(folder), _read_boxes(folder, positive)
-    studies, seen = StudyCollector(folder, layout), Counter[str]()
+    studies, seen = StudyCollector(folder, layout), set[str]()
     names, patients = read_texts(table, _IMAGE), read_texts(table, _PATIENT)
     splits = _read_lists(folder, set(names))
-    for name, own, patient, header in zip(
-        names, labels, patients, _read_headers(table), strict=True
-    ):
-        seen[name] += 1
-        if seen[name] > 1 or not patient.isdigit():
-            raise SourceError(
-                f"{url}: row {sum(seen.values()) + 1}: a duplicate image, or no patient"
-            )
+    rows = zip(table[LINE].to_pylist(), names, labels, patients, _read_headers(table), strict=True)
+    for row, name, own, patient, header in rows:
+        if name in seen or not patient.isdigit():
+            raise SourceError(f"{url}: row {row}: a duplicate image, or no patient")
+        seen.add(name)
         if name not in images:
             studies.reject(name, "missing", "no such file")
             continue
@@ -76,7 +73,7 @@ def read_nih(folder: Folder, layout: Layout) -> Source:
             header=header,
             published=splits.get(name),
         )
-    return studies.finish(unlabelled=len(images.keys() - seen.keys()))
+    return studies.finish(unlabelled=len(images.keys() - seen))
 
 
 def _find_tables(files: Mapping[str, str]) -> list[str]:

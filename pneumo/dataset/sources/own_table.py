@@ -11,7 +11,7 @@ from pneumo import storage
 from pneumo.dataset.source import Source
 from pneumo.dataset.sources.layout import Folder, Layout, StudyCollector
 from pneumo.dataset.sources.tables import (
-    FIRST_ROW,
+    LINE,
     first_present,
     make_box,
     read_numbers,
@@ -103,8 +103,8 @@ def _collect_rows(table: pa.Table, url: str) -> dict[str, _Row]:
     columns[2] = [target.removesuffix(".0") for target in columns[2]]
     corners = [read_numbers(table, name, url) for name in Box._fields]
     rows: dict[str, _Row] = {}
-    pairs = zip(zip(*columns, strict=True), zip(*corners, strict=True), strict=True)
-    for number, (cells, corner) in enumerate(pairs, FIRST_ROW):
+    parts = (zip(*columns, strict=True), zip(*corners, strict=True))
+    for number, cells, corner in zip(table[LINE].to_pylist(), *parts, strict=True):
         file = _check_cells(cells, f"{url}: row {number}")
         box = make_box(corner)
         row = rows.setdefault(file, _Row(number, cells[1:]))

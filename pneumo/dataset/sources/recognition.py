@@ -11,7 +11,7 @@ from pneumo.dataset.source import Source
 from pneumo.dataset.sources import chexpert, kermany, nih, own_table, rsna, vindr
 from pneumo.dataset.sources.layout import Folder, Layout
 from pneumo.dataset.sources.rsna import read_rsna_table
-from pneumo.dataset.sources.tables import FIRST_ROW, list_folder
+from pneumo.dataset.sources.tables import LINE, list_folder
 from pneumo.dataset.study_keys import derive_key, read_hash_key
 from pneumo.errors import SourceError
 
@@ -138,8 +138,8 @@ def read_split_list(
     hash_key = read_hash_key(source_url, environ)
     kind = "study" if column == "patientId" else "patient"
     listed: dict[str, str] = {}
-    pairs = zip(table[column].to_pylist(), table["split"].to_pylist(), strict=True)
-    for row, (value, split) in enumerate(pairs, FIRST_ROW):
+    columns = [table[name].to_pylist() for name in (LINE, column, "split")]
+    for row, value, split in zip(*columns, strict=True):
         identifier = str(value)
         if split not in ("train", "val", "test"):
             # The value is not quoted: with columns in another order it would be an id.

@@ -17,7 +17,7 @@ from pneumo import storage
 from pneumo.dataset.source import RSNA, Finding, Source
 from pneumo.dataset.sources.layout import Folder, Layout, StudyCollector
 from pneumo.dataset.sources.tables import (
-    FIRST_ROW,
+    LINE,
     PACKINGS,
     first_present,
     make_box,
@@ -107,8 +107,8 @@ def _collect_labels(
     boxes: dict[str, list[Box]] = {}
     faulty: dict[str, str] = {}
     corners = [read_numbers(table, name, "label table") for name in Box._fields]
-    rows = zip(table["patientId"].to_pylist(), table["Target"].to_pylist(), *corners, strict=True)
-    for row, (image_id, target, *corner) in enumerate(rows, FIRST_ROW):
+    columns = [table[name].to_pylist() for name in (LINE, "patientId", "Target")]
+    for row, image_id, target, *corner in zip(*columns, *corners, strict=True):
         if target not in (0, 1, "0", "1"):  # strings where a cell of the column is no number
             raise SourceError(f"label table: row {row}: a Target that is neither 0 nor 1")
         if not image_id:
@@ -130,8 +130,8 @@ def _collect_findings(table: pa.Table) -> dict[str, list[Finding]]:
     """Distinct findings by image id."""
     allowed = get_args(Finding)
     findings: dict[str, list[Any]] = {}
-    pairs = zip(table["patientId"].to_pylist(), table["class"].to_pylist(), strict=True)
-    for row, (image_id, finding) in enumerate(pairs, FIRST_ROW):
+    columns = [table[name].to_pylist() for name in (LINE, "patientId", "class")]
+    for row, image_id, finding in zip(*columns, strict=True):
         if finding not in allowed:
             raise SourceError(
                 f"class table: row {row}: a class that is none of: {', '.join(allowed)}"

@@ -1,5 +1,6 @@
 """Reading the folders and tables of a source; errors never quote a cell."""
 
+import contextlib
 import csv
 import gzip
 import io
@@ -20,8 +21,8 @@ from pneumo.errors import SourceError
 from pneumo.images.boxes import Box
 
 PACKINGS = ("", ".gz", ".zip")
-FIRST_ROW = 2
-"""Line of the first row below the header, in an editor."""
+LINE = "(line)"
+"""A column of every table: the line on which a row starts, in an editor."""
 _MAX_BYTES = 128 * 2**20
 _MAX_LINE = 100_000
 
@@ -74,8 +75,8 @@ def _read_bounded(file: IO[bytes] | gzip.GzipFile, url: str) -> bytes:
 def read_table(
     url: str, *required: str, texts: Sequence[str] = (), known: Sequence[str]
 ) -> pa.Table:
-    """The CSV at `url`, the columns `texts` as strings. The `known` names are found in any case;
-    spaces around a name or a cell are left out.
+    """The CSV at `url`, the columns `texts` as strings, and the column LINE. The `known` names are
+    found in any case; spaces around a name or a cell are left out.
 
     Raises SourceError, which never quotes a cell; of the first line, which may be no header, it
     quotes only names in `known`.
@@ -86,7 +87,7 @@ def read_table(
         raise SourceError(f"{url}: no rows")
     empty = pc.and_kleene(*(_is_empty(table[name]) for name in (required * 2)[:2]))
     if (row := pc.index(empty, True).as_py()) >= 0:
-        raise SourceError(f"{url}: row {row + FIRST_ROW} is empty; delete it")
+        raise SourceError(f"{url}: row {table[LINE][row]} is empty; delete it")
     return table
 
 
@@ -126,9 +127,26 @@ def _parse_csv(url: str, texts: Sequence[str], known: Sequence[str]) -> tuple[pa
         fault = "empty, cut off, or no UTF-8"
         if invalid:
             row = invalid[0]
-            fault = f"row {row.number} has {row.actual_columns} cells, not {row.expected_columns}"
+            line = _find_lines(data, row.number)[-1]
+            fault = f"row {line} has {row.actual_columns} cells, not {row.expected_columns}"
         raise SourceError(f"{url}: not a readable CSV: {fault}") from None
-    return pa.table([_trim(column) for column in table.columns], names=names), names
+    columns = [*map(_trim, table.columns), pa.array(_find_lines(data, 1 + len(table))[1:])]
+    return pa.table(columns, names=[*names, LINE]), names
+
+
+def _find_lines(data: bytes, count: int) -> Sequence[int]:
+    """The lines on which the first `count` rows start, the header's first. Lines without text are
+    no rows, and line breaks within quotes start none."""
+    if len(data.rstrip(b"\r\n").splitlines()) == count:
+        return range(1, 1 + count)
+    reader = csv.reader(io.StringIO(data.decode("utf-8-sig", "replace"), newline=""))
+    lines, line = list[int](), 1
+    with contextlib.suppress(csv.Error):  # of an immense cell
+        for cells in reader:
+            if cells:
+                lines.append(line)
+            line = reader.line_num + 1
+    return lines[:count] if len(lines) >= count else range(1, 1 + count)
 
 
 def _trim(column: pa.ChunkedArray) -> pa.ChunkedArray:

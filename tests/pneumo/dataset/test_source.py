@@ -163,7 +163,7 @@ def test_a_list_of_images_or_patients_is_read(kaggle_folder: FolderMaker, tmp_pa
     [
         ("name,split\na,val\n", "no column patientId or patient"),
         ("patientId,where\na,val\n", "no column split"),
-        ("patientId,split\na,validation\n", "row 2: a split that is none of train, val and test"),
+        ("patientId,split\n\na,validation\n", "row 3: a split that is none of train, val and test"),
         ("patientId,split\na,val\na,test\n", "lists a patient or study in two splits"),
         ("", "not a readable CSV"),
     ],
@@ -528,6 +528,26 @@ def test_a_row_of_commas_is_told_by_its_number(
     lines.insert(place - 1, "," * lines[0].count(","))
     (folder / table).write_text("\n".join(lines) + "\n")
     refuse(folder, f"row {place} is empty; delete it")
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        (",,,,,", " is empty; delete it"),
+        ("a,,,,,7", ": a Target that is neither 0 nor 1"),
+        ("a,0", " has 2 cells, not 6"),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
+@pytest.mark.parametrize("before", ["", "{end}", '{end}{end}"two{end}lines",,,,,0{end}'])
+def test_rows_are_counted_by_the_lines_of_an_editor(
+    kaggle_folder: FolderMaker, before: str, end: str, row: str, fault: str
+) -> None:
+    folder = kaggle_folder()
+    header, *rows = (folder / LABELS).read_text().splitlines()
+    head = end.join([header, *rows[:3], ""]) + before.format(end=end)
+    (folder / LABELS).write_bytes((head + end.join([row, *rows[3:], ""])).encode())
+    refuse(folder, rf"row {1 + head.count(end)}{fault}")
 
 
 def test_a_zip_that_macos_made_is_read(kaggle_folder: FolderMaker) -> None:

@@ -38,4 +38,5 @@ def outcome(data: bytes) -> tuple[Any, ...]:
         image = read_study_image(data, 28)
     except DicomError as error:
         return (error.reason,)
-    return image.pixels.tobytes(), image.header, image.identifier, image.rows, image.columns
+    size = (image.rows, image.columns)
+    return image.pixels.tobytes(), image.header, image.identifier, size, image.warnings

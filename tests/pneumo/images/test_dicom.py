@@ -103,6 +103,7 @@ def test_what_is_no_plausible_age_is_none(text: str) -> None:
         ({"PatientAge": "", "PatientSex": "", "ViewPosition": ""}, (None, None, None, 0.143)),
         ({"PatientAge": None, "PatientSex": None, "PixelSpacing": None}, (None, None, "PA", None)),
         ({"PixelSpacing": None, "ImagerPixelSpacing": [0.2, 0.2]}, (62, "F", "PA", 0.2)),
+        ({"PixelSpacing": [0, 0], "ImagerPixelSpacing": [0.2, 0.2]}, (62, "F", "PA", 0.2)),
         ({"PixelSpacing": [0.0, 0.0]}, (62, "F", "PA", None)),
         ({"PixelSpacing": ""}, (62, "F", "PA", None)),
     ],

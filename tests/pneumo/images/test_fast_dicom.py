@@ -55,6 +55,7 @@ def test_pydicom_says_the_same_of_a_changed_file(
         {"PatientSex": ["M", "F"]},
         {"PixelSpacing": None, "ImagerPixelSpacing": [0.2, 0.3]},
         {"PixelSpacing": [], "ImagerPixelSpacing": []},
+        {"PixelSpacing": [0, 0], "ImagerPixelSpacing": [0.2, 0.1]},
         {"NumberOfFrames": 1},
         {"NumberOfFrames": 2},
         {"WindowCenter": 100, "WindowWidth": 50},

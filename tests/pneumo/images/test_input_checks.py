@@ -133,17 +133,31 @@ def test_what_a_header_makes_doubtful(elements: dict[str, str], code: str) -> No
     assert check_header(replace(NO_ACQUISITION, **usual, modality="DX", laterality="U")) == ()
 
 
-@pytest.mark.parametrize("ratio", [[1, 1], [2, 1], [100, 99], [3, 3], None])
+@pytest.mark.parametrize(
+    ("elements", "is_square"),
+    [
+        ({}, True),
+        ({"PixelAspectRatio": [3, 3]}, True),
+        ({"PixelAspectRatio": [1000, 1001]}, True),
+        ({"PixelAspectRatio": [100, 98]}, False),
+        ({"PixelSpacing": [0.2, 0.1]}, False),
+        ({"PixelSpacing": None, "ImagerPixelSpacing": [0.2, 0.1]}, False),
+        ({"PixelSpacing": [0.2], "ImagerPixelSpacing": [0.2, 0.1]}, True),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("quality", [None, 90])
 @pytest.mark.parametrize("height", [128, 300])
 def test_pixels_that_are_not_square_make_the_aspect_doubtful(
-    make_dicom: DicomMaker, height: int, quality: int | None, ratio: list[int] | None
+    make_dicom: DicomMaker,
+    height: int,
+    quality: int | None,
+    elements: dict[str, Any],
+    is_square: bool,
 ) -> None:
-    elements = {} if ratio is None else {"PixelAspectRatio": ratio}
     pixels = cv2.resize(draw_chest(128), (128, height))
     image = decode_file(make_dicom(pixels, jpeg_quality=quality, elements=elements), 64)
     assert isinstance(image, GrayImage)
-    is_square = ratio is None or ratio[0] == ratio[1]
     assert image.warnings.count("doubtful:aspect") == (height == 300 or not is_square)
 
 

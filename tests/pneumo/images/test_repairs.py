@@ -830,26 +830,71 @@ def test_a_window_that_leaves_nothing_to_see_is_left_out(
     assert image.warnings == ("left_out:WindowCenter",)
 
 
-@pytest.mark.parametrize(("white", "window"), [(255, 4096), (255, 65536), (4095, 65536)])
+@pytest.mark.parametrize(
+    ("white", "center", "width"),
+    [
+        *((255, 128, 4096), (255, 2048, 4096), (255, 32768, 65536)),
+        *((4095, 32768, 65536), (4095, 2048, 65536), (4095, 0, 65536), (4095, 2048, "1e30")),
+    ],
+)
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
 def test_a_window_for_values_of_more_bits_is_left_out(
-    make_dicom: DicomMaker, white: int, window: int, photometric: str
+    make_dicom: DicomMaker, white: int, center: int, width: int | str, photometric: str
 ) -> None:
-    elements = {"PhotometricInterpretation": photometric}
+    bits = white.bit_length()
+    elements = {"PhotometricInterpretation": photometric, "BitsStored": bits, "HighBit": bits - 1}
     pixels = smooth(white)
     expected = read(make_dicom(pixels, elements=elements)).pixels
-    elements |= {"WindowCenter": str(window // 2), "WindowWidth": str(window)}
+    elements |= {"WindowCenter": str(center), "WindowWidth": str(width)}
     image = read(make_dicom(pixels, elements=elements))
     np.testing.assert_array_equal(image.pixels, expected)
     assert image.warnings == ("left_out:WindowCenter",)
 
 
-def test_the_first_window_that_shows_something_is_taken(make_dicom: DicomMaker) -> None:
+def test_a_sound_window_of_a_faint_picture_is_kept(make_dicom: DicomMaker) -> None:
+    faint = smooth(255).astype(np.uint16) + np.uint16(2000)
+    window = {"WindowCenter": 2048, "WindowWidth": 4096}
+    image = read(make_dicom(faint, elements={"BitsStored": 12, "HighBit": 11} | window))
+    assert (gray(image).min(), gray(image).max()) == (125, 140)
+    assert image.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("center", "width", "left_out"),
+    [
+        ("60000", "10", {"WindowCenter"}),
+        ("1000", "0", {"WindowWidth"}),
+        ("1000", "-1500", {"WindowWidth"}),
+        ("nan", "1500", {"WindowCenter"}),
+        ("1000", " ", {"WindowWidth"}),
+        (" ", " ", {"WindowCenter", "WindowWidth"}),
+    ],
+)
+def test_the_first_window_that_shows_something_is_taken(
+    make_dicom: DicomMaker, center: str, width: str, left_out: set[str]
+) -> None:
     pixels = smooth(4095)
-    several = {"WindowCenter": ["60000", "1000"], "WindowWidth": ["10", "1500"]}
-    one = {"WindowCenter": "1000", "WindowWidth": "1500"}
+    one = {"WindowCenter": "1200", "WindowWidth": "1600"}
     expected = read(make_dicom(pixels, elements=one)).pixels
-    np.testing.assert_array_equal(read(make_dicom(pixels, elements=several)).pixels, expected)
+    several = {"WindowCenter": [center, "1200"], "WindowWidth": [width, "1600"]}
+    image = read(make_dicom(pixels, elements=several))
+    np.testing.assert_array_equal(image.pixels, expected)
+    assert set(image.warnings) == {f"left_out:{element}" for element in left_out}
+
+
+@pytest.mark.parametrize("is_fine", [True, False])
+def test_a_window_narrower_than_one_is_for_finer_values(
+    make_dicom: DicomMaker, is_fine: bool
+) -> None:
+    pixels = smooth(4095)
+    elements = {"WindowCenter": "0.018", "WindowWidth": "0.026"}
+    if is_fine:
+        elements["RescaleSlope"] = "0.00001"
+    image = read(make_dicom(pixels, elements=elements))
+    exact = np.clip((pixels - 1800.0) / 2600 + 0.5, 0, 1) * 255
+    expected = exact if is_fine else gray(read(make_dicom(pixels)))
+    assert np.abs(gray(image) - expected).max() <= 1
+    assert image.warnings == (f"left_out:{'VOILUTFunction' if is_fine else 'WindowWidth'}",)
 
 
 @pytest.mark.parametrize("first", [Dataset(), lut(np.full(4096, 7), 12)[0]], ids=["empty", "flat"])
@@ -954,12 +999,42 @@ def test_the_photometric_interpretation_in_another_spelling(
     assert image.warnings == ("spelling:PhotometricInterpretation",)
 
 
-def test_what_is_refused_names_tag_and_kind_and_no_value(make_dicom: DicomMaker) -> None:
+@pytest.mark.parametrize("text", [b"Mary^Ann", b"Mary\\1  ", b"1.5     "])
+def test_what_is_refused_names_tag_and_kind_and_no_value(
+    make_dicom: DicomMaker, text: bytes
+) -> None:
     data = make_dicom(smooth(255), elements={"NumberOfFrames": "11111111"})
     with pytest.raises(DicomError) as caught:
-        read(data.replace(b"11111111", b"Mary^Ann"))
+        read(data.replace(b"11111111", text))
     assert str(caught.value).startswith("NumberOfFrames (0028,0008) is ")
     assert "Mary" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"1,0     ", b"1\\1     "])
+def test_a_number_of_frames_that_means_one(make_dicom: DicomMaker, text: bytes) -> None:
+    data = make_dicom(smooth(255), elements={"NumberOfFrames": "11111111"})
+    image = read(data.replace(b"11111111", text))
+    np.testing.assert_array_equal(image.pixels, read(make_dicom(smooth(255))).pixels)
+    assert image.warnings == (f"{'spelling' if b',' in text else 'left_out'}:NumberOfFrames",)
+
+
+@pytest.mark.parametrize(
+    "keyword",
+    ["Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation", "SamplesPerPixel"],
+)
+@pytest.mark.parametrize("in_bytes", [True, False])
+def test_a_required_number_of_two_values_or_of_another_kind(
+    make_dicom: DicomMaker, keyword: str, in_bytes: bool
+) -> None:
+    data = make_dicom(smooth(4095))
+    tag = int(pydicom.datadict.tag_for_keyword(keyword) or 0)
+    head = struct.pack("<HH", tag >> 16, tag & 0xFFFF)
+    start = data.index(head + b"US\2\0")
+    value = data[start + 8 : start + 10]
+    other = b"OW\0\0\2\0\0\0" + value if in_bytes else b"US\4\0" + value + b"\7\0"
+    image = read(data[: start + 4] + other + data[start + 10 :])
+    np.testing.assert_array_equal(image.pixels, read(data).pixels)
+    assert image.warnings == (f"{'spelling' if in_bytes else 'left_out'}:{keyword}",)
 
 
 # --- what does not parse --------------------------------------------------------------------------

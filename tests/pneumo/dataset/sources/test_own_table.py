@@ -71,7 +71,7 @@ def test_a_patient_has_one_key_in_every_layout_under_one_secret(
         (["C:\\0.png,p,0"], "row 2: a file outside the folder"),
         (["images\\..\\..\\0.png,p,0"], "row 2: a file outside the folder"),
         (["s3://bucket/0.png,p,0"], "row 2: a file outside the folder"),
-        (["images/0.png,p,0", "images/0.png,p,0"], "rows 2 and 3 name one file"),
+        (["images/0.png,p,0", "", "images/0.png,p,0"], "rows 2 and 4 name one file"),
         (["images/0.png,p,0", "images/./0.png,q,0"], "rows 2 and 3 name one file"),
         (["images/0.png,p,2"], "row 2: a target that is neither 0 nor 1"),
         (["images/0.png,p,"], "row 2: a target that is neither 0 nor 1"),
