@@ -7,8 +7,10 @@ import io
 import json
 import os
 import random
+import tempfile
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +42,18 @@ DicomMaker = Callable[..., bytes]
 FolderMaker = Callable[..., Path]
 StoreMaker = Callable[..., str]
 
-# No deadline, as machines are shared; CI draws the same examples each time.
-settings.register_profile("few", deadline=None, max_examples=15)
+# Tests reach no cluster, settings or W&B account of whoever runs them.
+LEFT_OUT = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_", "PNEUMO_", "WANDB_")
+for variable in list(os.environ):
+    if variable.startswith(LEFT_OUT) and not variable.startswith("PNEUMO_TEST_"):
+        del os.environ[variable]
+
+# No deadline, as machines are shared; the same examples each time.
+settings.register_profile("few", deadline=None, max_examples=15, derandomize=True)
 settings.register_profile("many", deadline=None, max_examples=100, derandomize=True)
 settings.load_profile("many" if "CI" in os.environ else "few")
 
+NOBODY = 65534
 FINDINGS = ("Lung Opacity", "Normal", "No Lung Opacity / Not Normal")
 
 
@@ -70,6 +79,32 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the research data, and there is none at {folder}")
     return folder
+
+
+@pytest.fixture
+def folder_without_root(tmp_path: Path) -> Iterator[Path]:
+    """An empty folder for `without_root`; root's tmp_path is in a folder that is root's alone."""
+    if os.geteuid():
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+@contextmanager
+def without_root(folder: Path) -> Iterator[None]:
+    """As the owner of `folder` and of all in it, who is not root: root may read what it likes."""
+    user = os.geteuid()
+    for path in (folder, *folder.rglob("*")) if user == 0 else ():
+        os.lchown(path, NOBODY, -1)
+    try:
+        if user == 0:
+            os.seteuid(NOBODY)
+        if not os.access(folder, os.W_OK, effective_ids=True):
+            pytest.skip(f"{folder} cannot be reached by user {NOBODY}")
+        yield
+    finally:
+        os.seteuid(user)
 
 
 @pytest.fixture(scope="session")

@@ -13,14 +13,15 @@ from tests import CHECKOUT
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
 
 
+# Each other variable could be one of the Makefile's.
+ENVIRON = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+
+
 def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environ = {
-        k: v for k, v in os.environ.items() if k not in {"RAY_ADDRESS", "MAKEFLAGS", "MAKELEVEL"}
-    }
     return subprocess.run(
         ["make", "--dry-run", *arguments],
         cwd=CHECKOUT,
-        env=environ,
+        env=ENVIRON,
         capture_output=True,
         text=True,
         check=False,
@@ -141,8 +142,9 @@ def test_an_environment_without_pip_is_made_anew(tmp_path: Path, has_pip: bool) 
     for path in (inside, outside):
         path.chmod(0o755)
     done = subprocess.run(
-        ["make", "setup", f"PYTHON={outside}"], cwd=tmp_path, capture_output=True, check=False
-    )
+        ["make", "setup", f"PYTHON={outside}"],
+        cwd=tmp_path, env=ENVIRON, capture_output=True, check=False,
+    )  # fmt: skip
     called = (tmp_path / "called").read_text()
     assert ("-m venv --clear .venv" in called) is not has_pip
     assert done.returncode == 0, done.stderr
@@ -162,7 +164,7 @@ def test_the_role_is_applied_once(tmp_path: Path, has_role: bool) -> None:
     path = f"PATH={tmp_path}:{os.environ['PATH']}"
     done = subprocess.run(
         ["make", "--no-print-directory", "setup-k8s", "OVERLAY=gpu-spot", path],
-        cwd=CHECKOUT, capture_output=True, text=True, check=True,
+        cwd=CHECKOUT, env=ENVIRON, capture_output=True, text=True, check=True,
     )  # fmt: skip
     applied = [line.split()[2] for line in done.stdout.splitlines()]
     assert applied == ["k8s/rbac"] * (not has_role) + ["k8s/overlays/gpu-spot"]

@@ -12,7 +12,7 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ class Raylet:
 def list_raylets() -> list[Raylet]:
     """The raylets on this machine: one in a pod or a container."""
     raylets = []
-    for line in _command_lines():
+    for line in _command_lines(psutil.process_iter()):
         node_id = re.search(r"--node_id=(\w+)", line)
         address = re.search(r"--gcs-address=([\w.:\[\]-]+)", line)
         if "raylet/raylet " in line and node_id and address:
@@ -57,10 +57,12 @@ def drain_node(raylet: Raylet, grace_s: float) -> None:
         tell(f"drain: the cluster refused to drain the node: {refusal}")
 
 
-def wait_for_work(grace_s: float) -> bool:
+def wait_for_work(
+    grace_s: float, list_processes: Callable[[], Iterable[psutil.Process]] = psutil.process_iter
+) -> bool:
     """Wait for the tasks and actors on this machine; whether they have ended within `grace_s`."""
     deadline_s = time.monotonic() + grace_s
-    while _has_work():
+    while _has_work(list_processes()):
         if time.monotonic() > deadline_s:
             return False
         time.sleep(0.2)
@@ -72,12 +74,12 @@ def is_work(command_line: str) -> bool:
     return _WORK.match(command_line) is not None
 
 
-def _has_work() -> bool:
-    return any(map(is_work, _command_lines()))
+def _has_work(processes: Iterable[psutil.Process]) -> bool:
+    return any(map(is_work, _command_lines(processes)))
 
 
-def _command_lines() -> Iterator[str]:
-    for process in psutil.process_iter():
+def _command_lines(processes: Iterable[psutil.Process]) -> Iterator[str]:
+    for process in processes:
         with suppress(psutil.Error):
             yield " ".join(process.cmdline())
 
@@ -90,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--grace-s", type=float, required=True, help="until the node is gone")
     grace_s = parser.parse_args(argv).grace_s
     started_s = time.monotonic()
-    if not _has_work():
+    if not _has_work(psutil.process_iter()):
         return 0  # nothing to save; the head may be gone already
     raylets = list_raylets()
     if not raylets:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +58,6 @@ def scripted_cluster() -> Iterator[RayCluster]:
 def _run_cluster(before: Sequence[str]) -> Iterator[RayCluster]:
     """A head whose command line begins with `before`."""
     folder = Path(tempfile.mkdtemp(prefix="rc", dir="/tmp"))  # sockets below it: a short path
-    ports = _free_ports(5)
     token = secrets.token_hex(16)
     own = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_", "PNEUMO_"))}
     own |= {
@@ -70,14 +69,21 @@ def _run_cluster(before: Sequence[str]) -> Iterator[RayCluster]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
     }
-    address = f"http://127.0.0.1:{ports[0]}"
-    head = _start(before, folder, ports, own)
-    try:
-        _wait_until_ready(address, own, head, folder)
+    deadline_s = time.monotonic() + 240
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        for tries_left in (2, 1, 0):  # another process may take a port meanwhile
+            ports = _free_ports(5)
+            address = f"http://127.0.0.1:{ports[0]}"
+            head = _start(before, folder, ports, own)
+            stack.callback(_stop, head)
+            try:
+                _wait_until_ready(address, own, head, folder, deadline_s)
+                break
+            except RuntimeError:
+                if not tries_left or time.monotonic() > deadline_s:
+                    raise
         yield RayCluster(address, {**own, "RAY_ADDRESS": address, "WANDB_MODE": "disabled"})
-    finally:
-        _stop(head)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _start(
@@ -100,17 +106,22 @@ def _start(
 
 
 def _wait_until_ready(
-    address: str, environ: Mapping[str, str], head: subprocess.Popen[bytes], folder: Path
+    address: str,
+    environ: Mapping[str, str],
+    head: subprocess.Popen[bytes],
+    folder: Path,
+    deadline_s: float,
 ) -> None:
     from cluster.ray import client, jobs
 
-    deadline_s = time.monotonic() + 60
     while True:
         try:
             jobs.list_jobs(client.connect(address, environ))
         except PneumoError as error:
-            if head.poll() is not None or time.monotonic() > deadline_s:
-                log = (folder / "ray-start.log").read_text(errors="replace")
+            log = (folder / "ray-start.log").read_text(errors="replace")
+            # Where the dashboard's port is taken the head runs on without one.
+            failed = head.poll() is not None or "already occupied" in log
+            if failed or time.monotonic() > deadline_s:
                 raise RuntimeError(f"ray start --head did not come up: {error}\n{log}") from error
             time.sleep(0.3)
         else:
@@ -130,7 +141,11 @@ def _stop(head: subprocess.Popen[bytes]) -> None:
     _, left = psutil.wait_procs(mine, timeout=3)
     for process in left:
         process.kill()
-    head.wait(timeout=10)
+    try:
+        head.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        head.kill()
+        head.wait()
 
 
 def _free_ports(count: int) -> list[int]:

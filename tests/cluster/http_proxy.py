@@ -19,7 +19,7 @@ Fault = Literal["answer", "drop before", "drop after", "cut"]
 
 @dataclass
 class Rule:
-    """The next `times` requests of `method` whose URL holds `part` suffer `fault`.
+    """`times` requests of `method` whose URL holds `part` suffer `fault`, after the next `skip`.
 
     answer: `status` instead of the server's; drop before: the connection breaks and the server
     never hears of it; drop after: it does, and the answer is lost; cut: the answer breaks off after
@@ -33,6 +33,7 @@ class Rule:
     times: int = 1
     after_bytes: int = 200
     retry_after: str = ""
+    skip: int = 0
 
 
 @dataclass
@@ -65,6 +66,9 @@ class FaultyProxy:
     def take(self, method: str, url: str) -> Rule | None:
         for rule in self.rules:
             if rule.times > 0 and rule.method == method and rule.part in url:
+                if rule.skip:
+                    rule.skip -= 1
+                    continue
                 rule.times -= 1
                 self.injected.append(rule)
                 return rule

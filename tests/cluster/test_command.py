@@ -19,12 +19,6 @@ from tests import CHECKOUT
 NOBODY = "http://127.0.0.1:1"
 
 
-@pytest.fixture(autouse=True)
-def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
-
-
 def _error(capsys: pytest.CaptureFixture[str]) -> str:
     out, err = capsys.readouterr()
     assert out == ""
@@ -83,7 +77,6 @@ def test_a_port_that_never_answers_exits_1(capsys: pytest.CaptureFixture[str]) -
 def test_a_token_file_that_is_not_there(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/nowhere")
     assert main(["list", "--address", NOBODY]) == 2
     assert "RAY_AUTH_TOKEN_PATH=/nowhere" in _error(capsys)

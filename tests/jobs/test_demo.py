@@ -24,6 +24,11 @@ from tests.waiting import wait_until
 REAL_STUDIES = Path(__file__).parents[3] / "shared" / "data" / "rsna-mini"
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _no_cluster_of_ours() -> Iterator[None]:
     """These tests start Ray in processes of their own; two clusters at once are too much here, and

@@ -131,10 +131,11 @@ def test_the_same_source_gives_the_same_bytes(prepared: Prepared, tmp_path: Path
 def test_a_second_run_has_nothing_to_do_and_another_setting_is_refused(
     prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    source = copy_source(prepared, tmp_path)
     before = (prepared.store / "manifest.json").stat().st_mtime_ns
-    assert run(prepared.source, prepared.store) == 0
+    assert run(source, prepared.store) == 0
     assert "nothing to do" in capsys.readouterr().err
-    assert run(prepared.source, prepared.store, "--seed", "9") == 2
+    assert run(source, prepared.store, "--seed", "9") == 2
     assert "give another --store" in capsys.readouterr().err
     assert (prepared.store / "manifest.json").stat().st_mtime_ns == before
 
@@ -322,9 +323,8 @@ def many(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Prepar
 
 def start(arguments: list[str], *, cpus: int, memory: int = 0) -> subprocess.Popen[bytes]:
     """The job on a cluster of so many CPUs, and bytes of memory if not as many as there are."""
-    environ = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     sizes = (str(cpus), str(memory))
-    return subprocess.Popen([sys.executable, "-c", PREPARE, *sizes, *arguments], env=environ)
+    return subprocess.Popen([sys.executable, "-c", PREPARE, *sizes, *arguments])
 
 
 @pytest.mark.slow
@@ -409,14 +409,13 @@ sys.exit(prepare.main(sys.argv[2:]))
 @pytest.mark.timeout(600)
 def test_a_job_killed_while_it_finishes_goes_on(prepared: Prepared, tmp_path: Path) -> None:
     """At each write of the driver's: the claim, the quarantine, the table, the manifest."""
-    environ = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     job = flags(prepared.source, tmp_path / "plain")
-    subprocess.run([sys.executable, "-m", "jobs.prepare", *job], env=environ, check=True)
+    subprocess.run([sys.executable, "-m", "jobs.prepare", *job], check=True)
     left = []
     for number in range(1, 10):
         store = tmp_path / str(number)
         job = [sys.executable, "-c", KILL_ITSELF, str(number), *flags(prepared.source, store)]
-        done = subprocess.run(job, env=environ, check=False)
+        done = subprocess.run(job, check=False)
         if done.returncode == 0:
             break
         assert done.returncode == -9

@@ -42,14 +42,13 @@ def test_a_stopped_trial_that_still_writes_costs_the_next_one_nothing(
     way."""
     run = tmp_path / "search"
     (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
-    environ = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     few = ("--tune.num-trials", "5", "--tune.epochs", "2")
     command = [sys.executable, "-m", "jobs.tune", *places(prepared, run), *SMALL, *few]
     done = subprocess.run(
         [*command, "--tune.algorithm", "random"],
         capture_output=True,
         text=True,
-        env={**environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
         check=False,
         timeout=400,
     )
@@ -128,14 +127,13 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_search_that_is_killed_goes_on_where_it_was(prepared: Prepared, tmp_path: Path) -> None:
-    environ = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     trials: dict[str, dict[str, object]] = {}
     for name, strikes in (("whole", 0), ("cut", 2)):
         run = tmp_path / name
         command = [sys.executable, "-m", "jobs.tune", *places(prepared, run), *LONG]
         for strike in range(strikes):
             with (tmp_path / f"{name}-{strike}.log").open("wb") as log:
-                job = subprocess.Popen(command, stdout=log, stderr=log, env=environ)
+                job = subprocess.Popen(command, stdout=log, stderr=log)
             target = f"t{1 + 2 * strike:03}"
             wait_until(
                 partial(has_epochs, run, target, 2),
@@ -146,7 +144,7 @@ def test_a_search_that_is_killed_goes_on_where_it_was(prepared: Prepared, tmp_pa
         begun = {
             trial.name: trial.epochs for trial in read_trials(str(run)).values() if trial.is_open
         }
-        done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert [row["state"] for row in read_table(run)] == ["finished"] * 4, done.stderr
         if strikes:

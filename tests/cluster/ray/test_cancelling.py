@@ -54,7 +54,7 @@ def test_control_c_detaches_and_cancel_stops_gently(
     job_id = start(client, make_probe("control-c", 600, 0.1, 0))
     with _following(ray_cluster, job_id) as following:
         following.send_signal(signal.SIGINT)
-        _, error = following.communicate(timeout=20)
+        _, error = following.communicate(timeout=120)
     assert following.returncode == 130
     detached, hint = error.splitlines()
     assert f"to follow it: python -m cluster logs {job_id} --follow --address" in detached
@@ -74,7 +74,7 @@ def test_control_c_twice_cancels(client: Client, ray_cluster: RayCluster) -> Non
         while "Ctrl-C again" not in (line := following.stderr.readline()):
             assert line, "it ended without a second thought"
         following.send_signal(signal.SIGINT)
-        _, error = following.communicate(timeout=20)
+        _, error = following.communicate(timeout=120)
     assert following.returncode == 130
     assert error == f"{job_id} cancelled\n"
     assert jobs.state(client.details(job_id)).phase == "cancelled"

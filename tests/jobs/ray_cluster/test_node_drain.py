@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+import threading
+import time
 
+import psutil
 import pytest
 import ray
 
@@ -33,8 +36,14 @@ def test_tasks_and_actors_are_work(title: str, *, works: bool) -> None:
 def test_work_is_waited_for_but_not_for_ever() -> None:
     words = ["ray::prepare_shard", "-c", "import time; time.sleep(60)"]
     worker = subprocess.Popen(words, executable=sys.executable, stdin=subprocess.DEVNULL)
+    ours = psutil.Process().children
+    begun_s = time.monotonic()
     try:
-        assert not wait_for_work(0.5)
+        assert not wait_for_work(0.5, ours)
+        assert time.monotonic() - begun_s >= 0.5
+        threading.Timer(0.5, worker.kill).start()
+        assert wait_for_work(60, ours)
+        assert time.monotonic() - begun_s >= 1
     finally:
         worker.kill()
         worker.wait()

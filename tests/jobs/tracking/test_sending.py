@@ -103,9 +103,10 @@ def test_a_sender_of_which_nothing_can_be_read_fails_no_job(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     told: list[str] = []
+    before = set(psutil.Process().children())
     with sending_to_wandb(str(tmp_path / "run"), ONLINE, "train", told.append, interval_s=60):
         for folder in tmp_path.glob("pneumo-tracking-*"):
-            for process in psutil.Process().children():
+            for process in set(psutil.Process().children()) - before:
                 process.kill()
             shutil.rmtree(folder)
     (line,) = told

@@ -10,9 +10,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,7 +43,7 @@ from pneumo.dataset.splits import SPLITS, Split, audit_split, split_studies
 from pneumo.dataset.study_keys import derive_file_key
 from pneumo.dataset.study_table import read_studies
 from pneumo.errors import AccessError, BadFilesError, SourceError, StoreError
-from tests.conftest import draw_chest
+from tests.conftest import draw_chest, without_root
 
 FolderMaker = Callable[..., Path]
 DicomMaker = Callable[..., bytes]
@@ -535,18 +534,6 @@ def test_headers_and_tables_that_disagree_are_counted(
 # --- what cannot be used --------------------------------------------------------------------------
 
 
-@contextmanager
-def without_root() -> Iterator[None]:
-    """Files of mode 000 are unreadable to anybody but root."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
-
-
 def after_removal(make: Callable[[Path], object]) -> Callable[[Path], None]:
     """`make`, called for a path after what is there was removed."""
 
@@ -558,7 +545,7 @@ def after_removal(make: Callable[[Path], object]) -> Callable[[Path], None]:
 
 
 def test_every_way_of_being_unusable_has_its_code(
-    kaggle_folder: FolderMaker, make_dicom: DicomMaker, tmp_path: Path
+    kaggle_folder: FolderMaker, make_dicom: DicomMaker, folder_without_root: Path
 ) -> None:
     gray = np.full((64, 64), 90, np.uint8)
     palette = {"PhotometricInterpretation": "UNKNOWN"}
@@ -584,21 +571,17 @@ def test_every_way_of_being_unusable_has_its_code(
         "unreadable   ": after_removal(os.mkfifo),
     }
     config = override(CONFIG, {"prepare.max_bad_fraction": 0.2})
-    preparation = Preparation(kaggle_folder(num_studies=120), config, samples_per_shard=60)
+    source, store = folder_without_root / "source", folder_without_root / "store"
+    shutil.copytree(kaggle_folder(num_studies=120), source)
+    store.mkdir()
+    preparation = Preparation(source, config, samples_per_shard=60)
     plan = preparation.plans[0]
     assert plan.split == "train"
     for number, spoil in enumerate(bad.values()):
         spoil(preparation.file(plan, number))
-    for path in (
-        tmp_path,
-        preparation.folder,
-        *tmp_path.parents[:-2],
-        *preparation.folder.parents[:-2],
-    ):
-        path.chmod(0o777)
-    with without_root():
-        assert preparation.do(plan, tmp_path) == (len(bad), 0)
-    record = record_of(plan, tmp_path)
+    with without_root(folder_without_root):
+        assert preparation.do(plan, store) == (len(bad), 0)
+    record = record_of(plan, store)
     found = {item.key: item.reason for item in record.rejected}
     expected = {plan.studies[i].key: name.strip() for i, name in enumerate(bad)}
     assert found == expected

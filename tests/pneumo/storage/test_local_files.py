@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pneumo import storage
 from pneumo.errors import AccessError, StorageError
+from tests.conftest import without_root
 
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -50,22 +51,15 @@ def test_links_are_followed_to_files_and_never_in_circles(tmp_path: Path) -> Non
     assert storage.list_names(str(tmp_path / "to-object")) == []
 
 
-def test_a_folder_that_may_not_be_listed_is_named(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
+def test_a_folder_that_may_not_be_listed_is_named(folder_without_root: Path) -> None:
+    folder = folder_without_root / "folder"
     folder.mkdir(mode=0)
-    for path in (tmp_path, *tmp_path.parents[:-2]):
-        path.chmod(0o755)
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
+    with without_root(folder_without_root):
         for call in (storage.list_names, storage.exists, storage.list_urls):
             with pytest.raises(AccessError, match=f"cannot list {folder}: Permission denied"):
                 call(str(folder))
         with pytest.raises(AccessError, match=f"cannot list {folder}: Permission denied"):
-            storage.list_urls(str(tmp_path))
-    finally:
-        os.seteuid(user)
+            storage.list_urls(str(folder_without_root))
 
 
 @pytest.fixture(params=[errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])

@@ -930,7 +930,7 @@ def assert_alike(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.processors), 3, 4])
 def test_any_number_of_ranks_computes_what_one_does(
     tiny_store: StoreMaker, tmp_path: Path, size: int
 ) -> None:

@@ -76,6 +76,7 @@ for ends in ([0, 2, 5], [0, 5, 5]):  # the second rank's slice may be empty
 
 
 @pytest.mark.slow
+@pytest.mark.processors
 def test_ranks_compute_together_what_one_does(tmp_path: Path) -> None:
     for size in (1, 2):
         run_ranks(_RANK, tmp_path, size)

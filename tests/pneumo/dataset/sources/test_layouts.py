@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pneumo.command_line import parse_command_line
 from pneumo.config import PrepareConfig, SplitConfig
 from pneumo.dataset.phantoms.layouts import PHANTOM_LAYOUTS
 from pneumo.dataset.phantoms.population import draw_population
@@ -107,7 +108,9 @@ def test_two_layouts_in_one_folder_are_refused_until_one_is_named(copied: Path) 
     shutil.copytree(copied / "own-table", copied / "nih", dirs_exist_ok=True)
     with pytest.raises(SourceError, match=r"two layouts, .*own table.* and NIH.*own-table or nih"):
         read(copied / "nih")
-    assert read(copied / "nih", layout="nih").layout == "nih"
+    flags = ["--source", "x", "--store", "y", "--prepare.layout", "nih"]
+    settings = parse_command_line("prepare", flags, {}).config.prepare
+    assert read_source(str(copied / "nih"), ENVIRON, settings=settings).layout == "nih"
 
 
 def test_an_unknown_folder_is_told_what_would_do(copied: Path) -> None:
