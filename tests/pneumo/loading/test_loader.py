@@ -689,9 +689,7 @@ def test_a_shared_split_that_does_not_fit_on_the_gpu_stays_in_the_hosts_memory(
 
 
 def test_memory_that_suffices_for_one_split_only_is_refused() -> None:
-    message = (
-        r"^data\.cache: memory: 2 GB decoded, 1\.00 GB free for this worker beside the oth"
-    )
+    message = r"^data\.cache: memory: 2 GB decoded, 1\.00 GB free for this worker beside the oth"
     with pytest.raises(ConfigError, match=message):
         choose_feeds("memory", {"a": 2 * GB, "b": 2 * GB}, host_bytes=3 * GB, device_bytes=None)
 
@@ -699,7 +697,10 @@ def test_memory_that_suffices_for_one_split_only_is_refused() -> None:
 @pytest.mark.parametrize(
     ("way", "line"),
     [
-        ("auto", r"data: train: kept in memory \(0\.000\d+ GB decoded, \d+\.\d\d GB free for this wo"),
+        (
+            "auto",
+            r"data: train: kept in memory \(0\.000\d+ GB decoded, \d+\.\d\d GB free for this wo",
+        ),
         ("stream", r"data: train: streamed, as data\.cache says \(0\.000\d+ GB decoded\)"),
     ],
 )
