@@ -81,10 +81,16 @@ class _View:
         self.rows |= {k: s for k, s in now.items() if k in self.rows or not s.has_ended}
 
     def draw(self) -> str:
-        """The table, after reading the progress of the running jobs."""
-        running = [s for s in self.rows.values() if s.phase == "running"]
+        """The table, after reading the progress of the running trainings."""
+        trainings = [
+            state
+            for state in self.rows.values()
+            if state.phase == "running"
+            and "jobs.train" in state.entrypoint.split()  # an evaluation's run is trained before
+            and state.id not in self.unreadable
+        ]
         with ThreadPoolExecutor(max_workers=8) as pool:
-            list(pool.map(self._read, (s for s in running if s.id not in self.unreadable)))
+            list(pool.map(self._read, trainings))
         rows = [_HEADER, *(self._row(state) for state in self.rows.values())]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(f"{c:<{w}}" for c, w in zip(r, widths, strict=True)) for r in rows]
@@ -107,6 +113,7 @@ class _View:
         if known is None:
             return (state.id, state.phase, *("-",) * 5, last)
         left_s = 0.0 if state.has_ended else known.left_s
+        minutes, seconds = (0, 0) if left_s is None else divmod(round(left_s), 60)
         return (
             state.id,
             state.phase,
@@ -114,6 +121,6 @@ class _View:
             "-" if known.val_auroc is None else f"{known.val_auroc:.3f}",
             "-" if known.images_per_s is None else f"{known.images_per_s:.0f}",
             "-" if known.data_wait is None else f"{known.data_wait:.0%}",
-            "-" if left_s is None else f"{left_s // 60:.0f} min {left_s % 60:02.0f} s",
+            "-" if left_s is None else f"{minutes} min {seconds:02} s",
             last,
         )

@@ -87,7 +87,7 @@ class Submission:
         settings = [
             f"{name}={shlex.quote(value)}"
             for name, value in self.environment.items()
-            if name.startswith(ENVIRONMENT_PREFIX) and name not in self.secrets
+            if name.upper().startswith(ENVIRONMENT_PREFIX) and name not in self.secrets
         ]
         return " ".join([*settings, self.entrypoint])
 
@@ -158,7 +158,7 @@ def split_environment(
     """The variables that a job gets, and the names of the AWS_* and, if it is tracked, WANDB_*
     variables that are not sent."""
     prefixes = ["AWS_", *(["WANDB_"] if "tracking" in JOBS[job].sections else [])]
-    settings = {k for k in environ if k.startswith("PNEUMO_")}
+    settings = {k for k in environ if k.upper().startswith(ENVIRONMENT_PREFIX)}
     if job != "prepare":
         settings.discard(HASH_KEY)
     others = {k for k in environ if k.startswith(tuple(prefixes))}

@@ -26,12 +26,20 @@ def demo(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     if options.studies < 1:
         parser.error(f"--studies: got {options.studies}, expected 1 or more")
+    if options.run == "":
+        parser.error("--run: got '', expected a folder or URL")
     run_url = find_run_url("demo", options.run)
-    parse_command_line("prepare", ["--source", "phantoms", "--store", options.store])
+    for job, flags in (
+        ("prepare", ("--source", "phantoms")),
+        ("tune", ("--recipe", "fast", *SEARCH)),
+        ("train", FEW_EPOCHS),
+        ("evaluate", ("--run", run_url)),
+    ):
+        parse_command_line(job, ["--store", options.store, *flags])
     started_s = time.monotonic()
     run_demo(storage.normalise(options.store), run_url, options.studies, show_logs=options.debug)
-    seconds = time.monotonic() - started_s
-    tell(f"\nthe demo took {seconds // 60:.0f} min {seconds % 60:.0f} s; open the report above")
+    minutes, seconds = divmod(round(time.monotonic() - started_s), 60)
+    tell(f"\nthe demo took {minutes} min {seconds} s; open the report above")
 
 
 def run_demo(store_url: str, run_url: str, num_studies: int, *, show_logs: bool) -> None:
@@ -61,7 +69,7 @@ def run_demo(store_url: str, run_url: str, num_studies: int, *, show_logs: bool)
         ("evaluate", evaluate_run, [*in_store, "--run", train_url]),
     ]
     tell(f"1/5 phantoms: {num_studies} chest X-rays drawn from a seed, no patient's")
-    write_phantoms(phantoms, num_studies=num_studies, seed=0)
+    write_phantoms(phantoms, num_studies=num_studies, seed=0, num_processes=None)
     _fix_hash_key(phantoms / PRIVATE_FOLDER)
     with ray_session(show_logs=show_logs):
         resources = ray.cluster_resources()

@@ -33,7 +33,6 @@ def leave_one_out(argv: Sequence[str]) -> None:
         prog="python -m jobs.leave_one_out",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--stores", required=True, metavar="A,B", help="prepared stores")
     parser.add_argument("--run", required=True, metavar="URL", help="where the runs go")
@@ -144,7 +143,7 @@ def split_flags(settings: Sequence[str]) -> tuple[list[str], list[str]]:
     for flag in _group_flags(settings):
         if not flag[0].startswith("--evaluate."):
             train += flag
-        if flag[0].startswith(_EVALUATE_FLAGS):
+        if flag[0].startswith(_EVALUATE_FLAGS) and "cluster.min-workers" not in flag[0]:
             evaluate += flag
     return train, [*evaluate, "--cluster.min-workers", "none"]
 

@@ -17,6 +17,7 @@ from pneumo.dataset.overlap import KNOWN_PICTURES, KnownStudies
 from pneumo.dataset.preparation import (
     can_use_rejected,
     check_shards_are_there,
+    check_store_folder,
     find_store,
     finish_store,
     remove_unfinished,
@@ -27,7 +28,6 @@ from pneumo.dataset.shard_plans import ShardPlan, digest_settings, estimate_memo
 from pneumo.dataset.shard_tasks import ShardRecord, prepare_shard
 from pneumo.dataset.shards import shard_samples
 from pneumo.dataset.study_table import QUARANTINE, read_warnings
-from pneumo.errors import StoreError
 
 
 def prepare(invocation: Invocation) -> None:
@@ -35,8 +35,7 @@ def prepare(invocation: Invocation) -> None:
     arguments = invocation.arguments
     assert isinstance(arguments, PrepareArguments)
     source_url, store_url = storage.normalise(arguments.source), storage.normalise(arguments.store)
-    if source_url == store_url:
-        raise StoreError(f"--store {store_url}: is the source's own folder; give another")
+    check_store_folder(store_url, source_url)
     chosen = select_studies(source_url, invocation.config, tell)
     source, split, config = chosen.source, chosen.split, chosen.config
     existing = find_store(store_url, source, config)

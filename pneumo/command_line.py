@@ -6,9 +6,10 @@ The docstring under a field is its line in `--help`.
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_origin
 
 from pydantic import Field, create_model
 from pydantic_settings import BaseSettings, CliSettingsSource, CliToggleFlag, SettingsError
@@ -185,6 +186,7 @@ def parse_command_line(
     config = validate(Config, layers)
     if job == "tune":
         check_space(config)
+        warnings += _warn_of_searched(config, flags)
     if job != "train" and config.cluster.min_workers is not None:
         raise ConfigError(f"cluster.min_workers: {job} is not elastic, only train is; leave it out")
     if job == "tune" and config.cluster.num_workers != ClusterConfig().num_workers:
@@ -204,6 +206,12 @@ def _warn_of_recipe(recipe: str, settings: Mapping[str, Any]) -> tuple[str, ...]
     return tuple(f"recipe {recipe}: it sets {key} = {value}" for key, value in found.items())
 
 
+def _warn_of_searched(config: Config, flags: Mapping[str, Any]) -> tuple[str, ...]:
+    """The flags whose value no trial uses."""
+    unused = [key for key in flatten(flags) if key in config.tune.space]
+    return tuple(f"{key}: its flag has no effect, as tune.space says what to try" for key in unused)
+
+
 def _read_flags(spec: Job, argv: Sequence[str]) -> dict[str, Any]:
     found = spec.arguments.model_fields | {n: Config.model_fields[n] for n in spec.sections}
     fields: dict[str, Any] = {name: (field.annotation, field) for name, field in found.items()}
@@ -213,6 +221,7 @@ def _read_flags(spec: Job, argv: Sequence[str]) -> dict[str, Any]:
         __cls_kwargs__={"extra": "forbid", "cli_kebab_case": True, "cli_hide_none_type": True},
         **fields,
     )
+    known = list_settings(settings)
     required = [f"--{name} URL" for name, field in found.items() if field.is_required()]
     parser = Parser(
         prog=f"python -m {spec.module}",
@@ -220,24 +229,34 @@ def _read_flags(spec: Job, argv: Sequence[str]) -> dict[str, Any]:
         description=f"{spec.arguments.__doc__} Settings may also come from a recipe or from "
         f"variables such as {ENVIRONMENT_PREFIX}TRAIN__LR. Research use only, never a diagnostic "
         "device.",
-        allow_abbrev=False,
-        known_keys=list_settings(settings),
+        known_keys=known,
     )
     source: CliSettingsSource[Any] = CliSettingsSource(
         settings, root_parser=parser, cli_avoid_json=True
     )
     try:
         values = source(args=list(argv))()
+        _check_given_once(argv, known)
     except SettingsError as error:  # no JSON, or of another form
         raise ConfigError(f"the command line: {error}; see {parser.prog} --help") from error
     return {key: value for key, value in values.items() if value is not None}
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that raises ConfigError instead of printing its usage and leaving."""
+def _check_given_once(argv: Sequence[str], types: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a flag that is given again, unless it takes a list."""
+    given = Counter(text.split("=")[0] for text in argv if text.startswith("--"))
+    for key, kind in types.items():
+        flag = f"--{key.replace('_', '-')}"
+        if given[flag] > 1 and get_origin(kind) is not list:
+            raise ConfigError(f"{flag}: given {given[flag]} times; leave one")
 
-    def __init__(self, *args: Any, known_keys: Sequence[str] = (), **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises ConfigError instead of printing its usage and leaving, and takes no
+    abbreviations."""
+
+    def __init__(self, *, known_keys: Collection[str] = (), **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
         self.known_keys = known_keys
 
     def error(self, message: str) -> NoReturn:

@@ -33,13 +33,19 @@ class Section(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=T
 
     @model_validator(mode="before")
     @classmethod
-    def _read_none(cls, written: Any) -> Any:
-        """`none`, as `--help` calls it, of a setting that may be none."""
+    def _read(cls, written: Any) -> Any:
+        """`none`, as `--help` calls it, of a setting that may be none. True and false of a number
+        become words, which are refused, as pydantic takes them for 1 and 0."""
         if not isinstance(written, Mapping):
             return written
-        fields = cls.model_fields.items()
-        optional = {name for name, field in fields if type(None) in get_args(field.annotation)}
-        return {k: None if v == "none" and k in optional else v for k, v in written.items()}
+        read = dict(written)
+        for name, field in cls.model_fields.items():
+            value, types = written.get(name), (field.annotation, *get_args(field.annotation))
+            if value == "none" and type(None) in types:
+                read[name] = None
+            elif isinstance(value, bool) and bool not in types and str not in types:
+                read[name] = str(value).lower()
+        return read
 
 
 def _unless_default(default: Any) -> Any:

@@ -8,7 +8,7 @@ names the key, the layer it came from and what is allowed.
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -175,9 +175,9 @@ def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter="__")
 
     for name in environ:
-        if not name.startswith(ENVIRONMENT_PREFIX) or name in _NOT_SETTINGS:
+        if not name.upper().startswith(ENVIRONMENT_PREFIX) or name in _NOT_SETTINGS:
             continue
-        section, *below = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+        section, *below = name[len(ENVIRONMENT_PREFIX) :].lower().split("__")
         if section not in Config.model_fields or (below and section == "seed"):
             raise ConfigError(
                 f"environment variable {name}: no such setting; variables are "
@@ -189,7 +189,8 @@ def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         return source()
     except SettingsError as error:
         raise ConfigError(
-            f"the environment: {error}; set one variable per key: {ENVIRONMENT_PREFIX}SECTION__KEY"
+            f"the environment: {error}; set one variable per key: {ENVIRONMENT_PREFIX}SECTION__KEY;"
+            """ a list, or tune.space, as JSON: '["A", "B"]'"""
         ) from error
 
 
@@ -211,7 +212,8 @@ def merge(trees: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _merge(target: dict[str, Any], source: Mapping[str, Any]) -> None:
     for key, value in source.items():
-        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
+        # A search space is one value: no key of an earlier layer stays in it.
+        if isinstance(value, Mapping) and isinstance(target.get(key), dict) and key != "space":
             _merge(target[key], value)
         else:
             target[key] = dict(value) if isinstance(value, Mapping) else value
@@ -244,7 +246,7 @@ def _explain(model: type[BaseModel], error: ValidationError, layers: Sequence[La
     return "; ".join(head + " or ".join(texts) for head, texts in allowed.items())
 
 
-def suggest(key: str, known: Sequence[str], *, flag: bool = False) -> str:
+def suggest(key: str, known: Collection[str], *, flag: bool = False) -> str:
     """What to write for an unknown key, behind the message; '' where nothing can be said."""
     if removed := _REMOVED.get(key):
         return f", which was removed: {removed}"
@@ -259,12 +261,12 @@ def suggest(key: str, known: Sequence[str], *, flag: bool = False) -> str:
     return f", allowed: {', '.join(show)}" if show else ""
 
 
-def list_settings(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """The dotted keys of all settings of a model."""
-    keys: list[str] = []
+def list_settings(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """The dotted keys of all settings of a model, and their types."""
+    keys: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            keys += list_settings(field.annotation, f"{prefix}{name}.")
+            keys |= list_settings(field.annotation, f"{prefix}{name}.")
         else:
-            keys.append(prefix + name)
+            keys[prefix + name] = field.annotation
     return keys

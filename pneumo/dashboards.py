@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m pneumo.dashboards", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m pneumo.dashboards", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("--project", default="pneumo", help="the W&B project (default pneumo)")
     parser.add_argument("--entity", default="", help="the W&B team or user")
     parser.add_argument("--save", action="store_true", help="save them at W&B; needs a key")

@@ -13,7 +13,12 @@ import numpy.typing as npt
 from pneumo import storage
 from pneumo.config import Config
 from pneumo.dataset.manifest import Manifest, read_manifest
-from pneumo.dataset.preparation import find_store, finish_store
+from pneumo.dataset.preparation import (
+    check_shards_are_there,
+    check_store_folder,
+    find_store,
+    finish_store,
+)
 from pneumo.dataset.selection import select_studies
 from pneumo.dataset.shard_plans import digest_settings, plan_shards
 from pneumo.dataset.shard_tasks import prepare_shard
@@ -69,10 +74,16 @@ def prepare_store(source: str | Path, url: str | Path, config: Config | None = N
     >>> config = pneumo.Config.model_validate({"prepare": {"image_size": 64}})
     >>> store = pneumo.prepare_store("rsna", "store", config)
     """
-    store_url = storage.normalise(str(url))
-    chosen = select_studies(storage.normalise(str(source)), config or Config(), print)
+    store_url, source_url = storage.normalise(str(url)), storage.normalise(str(source))
+    check_store_folder(store_url, source_url)
+    chosen = select_studies(source_url, config or Config(), print)
     found, config, audit = chosen.source, chosen.config, chosen.split.audit
-    if find_store(store_url, found, config) is None:
+    existing = find_store(store_url, found, config)
+    if existing is not None:
+        check_shards_are_there(store_url, existing)
+    else:
+        if audit.warning:
+            print(f"warning: {audit.warning}")
         size, digest = config.prepare.image_size, digest_settings(config)
         plans = plan_shards(
             found.studies,

@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         written = write_phantoms(
-            options.out,
+            Path(options.out),
             num_studies=options.studies,
             seed=options.seed,
             num_processes=options.jobs,
@@ -43,9 +43,10 @@ def _read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m pneumo.synthetic",
         description="Write phantom chest X-rays in the layout of a public data set.",
+        allow_abbrev=False,
     )
     add = partial(parser.add_argument, metavar="N")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder to write (required)")
+    add("--out", required=True, metavar="DIR", help="folder to write (required)")
     add("--studies", type=int, default=200, help="images to draw (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the population (default: %(default)s)")
     add("--jobs", type=int, help="processes to use (default: one per CPU)")
@@ -56,6 +57,8 @@ def _read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="the data set whose layout is written (default: %(default)s)",
     )
     options = parser.parse_args(argv)
+    if not options.out or "://" in options.out:
+        parser.error(f"--out: got {options.out!r}, expected a folder of this machine")
     for flag, least in (("studies", 1), ("seed", 0), ("jobs", 1)):
         if (value := getattr(options, flag)) is not None and value < least:
             parser.error(f"--{flag}: got {value}, expected {least} or more")

@@ -94,7 +94,7 @@ def describe_search(files: Mapping[str, bytes], config: Config, run_url: str) ->
         },
         summary=drop_none(
             {
-                "tune/objective": best["objective"],
+                "tune/chosen_objective": best["objective"],
                 "tune/trial": best["name"],
                 "tune/reason": choice["reason"],
                 "tune/epochs": sum(row["epochs"] for row in trials),

@@ -39,6 +39,15 @@ _PART_NAME = r"claim\.json|tables\.txt|quarantine\.jsonl|(train|val|test)/\d{6}\
 _SHARD_URL = re.compile(r"/\d{6}-[0-9a-f]{12}\.tar$")
 
 
+def check_store_folder(store_url: str, source_url: str) -> None:
+    """Raises StoreError where the store would stand in the source's own folder, or in a run's."""
+    if source_url == store_url:
+        raise StoreError(f"--store {store_url}: is the source's own folder; give another")
+    for held, marker in (("run", "checkpoints/index.json"), ("search", "search.json")):
+        if storage.exists(storage.join(store_url, marker)):
+            raise StoreError(f"--store {store_url}: is a {held}; give another folder for the store")
+
+
 def find_store(store_url: str, source: Source, config: Config) -> Manifest | None:
     """The manifest of the finished store, where its tables and settings are the same; else claims
     the store and returns None. Whether a DICOM file has changed since is not checked.

@@ -259,7 +259,7 @@ def find_weights(config: Config) -> Config:
     changes: dict[str, Any] = {"model.weights": find(config.model.weights)}
     if domain := config.tune.space.get("model.weights"):
         found = [domain.kind, *map(find, domain.values)]
-        changes["tune.space"] = {"model.weights": found}
+        changes["tune.space"] = config.tune.model_dump()["space"] | {"model.weights": found}
     return override(config, changes)
 
 

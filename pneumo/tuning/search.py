@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pneumo.config import Config
+from pneumo.config import Config, without_folders
 from pneumo.config_layers import override
 from pneumo.dataset.study_table import encode_parquet
 from pneumo.search_space import Scalar
@@ -65,7 +65,8 @@ def to_parquet(search: Search) -> bytes:
     """trials.parquet: a row per trial, best first, then a row per trial of confirmation.
 
     `name`, `role` (search or confirm), `state`, `seed`, `chosen`, `objective` with `low` and
-    `high`, `epochs`, `seconds`, `error`, the last epoch's metrics, and each searched key.
+    `high`, `epochs`, `seconds`, `error`, the last epoch's metrics, and each searched key (of a
+    file its name alone).
     """
     config = search.config.tune
     rows = [
@@ -105,7 +106,7 @@ def _row(trial: Trial, role: str, search: Search) -> dict[str, Any]:
         "seconds": trial.seconds,
         "error": trial.error,
         **{f"last {name}": last.get(name) for name in ("val/auroc", "val/loss", "train/loss")},
-        **trial.settings,
+        **{key: without_folders(value) for key, value in trial.settings.items()},
     }
 
 

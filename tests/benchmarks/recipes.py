@@ -273,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 (source / path.name).unlink(missing_ok=True)
                 (source / path.name).symlink_to(path)
         else:
-            write_phantoms(source, num_studies=options.studies, seed=5)
+            write_phantoms(source, num_studies=options.studies, seed=5, num_processes=None)
         stores = make_stores(source, folder, options.image_size) if left else []
         with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
             pending = [pool.submit(train_and_score, run, stores[run.fold]) for run in left]

@@ -55,7 +55,7 @@ SETTINGS = {
 def make_store(folder: Path, studies: int) -> tuple[str, Manifest]:
     """Phantoms of 64 px, trained on at 40: a search is many trainings."""
     source, store = folder / "phantoms", folder / "store"
-    write_phantoms(source, num_studies=studies, seed=11)
+    write_phantoms(source, num_studies=studies, seed=11, num_processes=None)
     (source / ".pneumo").mkdir()
     (source / ".pneumo" / "hash_key").write_text("the same split every time")
     size = ("--prepare.image-size", "64")

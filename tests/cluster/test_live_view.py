@@ -60,23 +60,28 @@ EPOCH = {"val/auroc": 0.8126, "images_per_s": 41.7, "data_wait": 0.25, "epoch_s"
 
 
 def test_the_runs_of_one_person_are_shown_until_they_have_ended(tmp_path: Path) -> None:
-    url = _write_run(tmp_path / "run", EPOCH, {**EPOCH, "val/auroc": 0.9, "epoch_s": 50.0})
-    mine = JobState("train-1", "running", target=url, owner="me")
+    url = _write_run(tmp_path / "run", EPOCH, {**EPOCH, "val/auroc": 0.9, "epoch_s": 79.8})
+    mine = JobState(
+        "train-1", "running", target=url, owner="me", entrypoint="python -m jobs.train --store s"
+    )
+    again = replace(mine, id="evaluate-1", entrypoint="python -m jobs.evaluate --run jobs.train/1")
     waits = JobState("train-2", "waiting", why="for its pods to start", owner="me")
     hers = JobState("train-3", "running", owner="she")
     before = JobState("train-0", "failed", owner="me")
     code, shown, _ = _watch(
-        [before, mine, waits, hers],
-        [before, mine, waits, hers],
+        [before, mine, waits, hers, again],
+        [before, mine, waits, hers, again],
         [
+            replace(again, phase="succeeded"),
             replace(mine, phase="succeeded"),
             replace(waits, phase="failed", why="", driver_exit_code=2),
         ],
     )
     assert code == 2
     first, last = (table.splitlines() for table in shown)
-    assert [line.split()[0] for line in first[1:]] == ["train-1", "train-2"]
-    assert first[1].split()[1:] == ["running", "2/4", "0.900", "42", "25%", "1", "min", "30", "s"]
+    assert [line.split()[0] for line in first[1:]] == ["train-1", "train-2", "evaluate-1"]
+    assert first[1].split()[1:] == ["running", "2/4", "0.900", "42", "25%", "2", "min", "00", "s"]
+    assert first[3].split() == ["evaluate-1", "running", *"-----"]
     assert "waiting" in first[2]
     assert first[2].endswith("for its pods to start")
     assert last[1].endswith("exit code 0")
@@ -145,7 +150,8 @@ def test_nobody_runs_anything() -> None:
 
 def test_a_place_out_of_reach_is_said_and_not_asked_again(tmp_path: Path) -> None:
     (tmp_path / "run" / "config.json").mkdir(parents=True)
-    asked = JobState("train-1", "running", target=str(tmp_path / "run"), owner="me")
+    target, entrypoint = str(tmp_path / "run"), "python -m jobs.train"
+    asked = JobState("train-1", "running", target=target, entrypoint=entrypoint, owner="me")
     _, shown, _ = _watch([asked], [asked], [replace(asked, phase="succeeded")])
     assert "its folder cannot be read from here" in shown[0]
     assert "exit code 0" in shown[-1]

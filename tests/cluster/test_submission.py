@@ -187,8 +187,9 @@ def test_ids_fit_a_rayjob_name(target: str) -> None:
 def test_settings_tell_two_submissions_apart() -> None:
     first = _plan("train --store /s --run /r --train.lr 1e-3")
     assert first.settings == _plan("train --train.lr=0.001 --run /r --store /s").settings
-    by_environment = _plan("train --store /s --run /r", {"PNEUMO_TRAIN__LR": "1e-3"})
+    by_environment = _plan("train --store /s --run /r", {"pneumo_train__lr": "1e-3"})
     assert first.settings == by_environment.settings
+    assert by_environment.environment == {"pneumo_train__lr": "1e-3"}
     assert first.settings != _plan("train --store /s --run /r --train.lr 1e-4").settings
     assert first.settings != _plan("train --store /s2 --run /r --train.lr 1e-3").settings
 

@@ -32,13 +32,13 @@ from tests.processes import new_users
 
 NUM_STUDIES = 90
 LARGEST_FLOAT32 = 3.4e38
-SMALL = [
+TRAINING = [
     *("--model.weights", "random"),
     *("--train.batch-size", "16"),
     *("--train.micro-batch-size", "8"),
     *("--train.lr", "1e-3"),
-    *("--tracking.mode", "disabled"),
 ]
+SMALL = [*TRAINING, "--tracking.mode", "disabled"]
 EVALUATION = [
     *("--evaluate.bootstrap-resamples", "200", "--evaluate.min-patients", "1"),
     *("--tracking.mode", "offline"),
@@ -105,7 +105,7 @@ def trained(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Pat
             redirect_stderr(said),
             new_users("torchvision") as users,
         ):
-            code = train.main([*where, *SMALL, *more, *shown])
+            code = train.main([*where, *TRAINING, *more, *shown])
         assert code == 0, (folder / "said").read_text()
         (folder / "users").write_text(str(len(users)))
 

@@ -9,7 +9,10 @@ import pytest
 from jobs.demo import choose_precision, count_workers, main
 
 
-@pytest.mark.parametrize("flags", [["--studies", "0"], ["--studies", "x"], ["--sudies", "9"]])
+@pytest.mark.parametrize(
+    "flags",
+    [["--studies", "0"], ["--studies", "x"], ["--sudies", "9"], ["--stud", "9"], ["--run", ""]],
+)
 def test_a_wrong_flag_is_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(flags) == 2
     [line] = capsys.readouterr().err.splitlines()
@@ -17,14 +20,26 @@ def test_a_wrong_flag_is_one_line(flags: list[str], capsys: pytest.CaptureFixtur
     assert "see python -m jobs.demo --help" in line
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("PNEUMO_TRAIN__LRR", "1", "train.lrr in the environment"),
+        ("PNEUMO_CLUSTER__NUM_WORKERS", "2", "a search uses all workers"),
+    ],
+)
 def test_a_wrong_variable_is_told_before_anything_is_drawn(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    variable: str,
+    value: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("PNEUMO_TRAIN__LRR", "1")
+    monkeypatch.setenv(variable, value)
     monkeypatch.chdir(tmp_path)
     assert main([]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert "train.lrr in the environment" in line
+    assert message in line
     assert not list(tmp_path.iterdir())
 
 

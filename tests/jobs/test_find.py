@@ -116,6 +116,20 @@ def test_no_secret_is_made(kaggle_folder: FolderMaker, capsys: pytest.CaptureFix
     assert not (folder / ".pneumo").exists()
 
 
+def test_the_quarantine_of_a_clean_store_has_no_keys_and_debug_shows_the_traceback(
+    kaggle_folder: FolderMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = kaggle_folder(num_studies=4)
+    read_source(str(folder), {})  # makes the secret
+    (tmp_path / "quarantine.jsonl").write_text("")
+    flags = ["--source", str(folder), "--table"]
+    assert find.main([*flags, str(tmp_path / "quarantine.jsonl")]) == 0
+    assert capsys.readouterr().out == ""
+    (tmp_path / "keys.csv").write_text("split\nval\n")
+    assert find.main([*flags, str(tmp_path / "keys.csv"), "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_a_folder_without_files_is_told_before_its_secret(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -179,8 +179,8 @@ def test_a_search_of_another_space_is_refused_before_anything_starts(
     command = [*searched.flags, "--run", str(searched.copy(tmp_path))]
     assert tune.main([*command, "--tune.space", WIDE]) == 2
     assert "with another tune.space.train.pos_weight" in capsys.readouterr().err
-    assert tune.main([*command, "--train.batch-size", "32"]) == 2
-    assert "with another train.batch_size" in capsys.readouterr().err
+    assert tune.main([*command, "--train.schedule", "cosine"]) == 2
+    assert "with another train.schedule" in capsys.readouterr().err
 
 
 def test_a_search_goes_on_with_what_its_records_say(

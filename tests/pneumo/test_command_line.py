@@ -130,6 +130,8 @@ def test_hash_key_and_revision_in_the_environment_are_no_settings() -> None:
         ({"PNEUMO_TRAN__LR": "1"}, r"PNEUMO_TRAN__LR: no such setting; .*sections: seed, prepare"),
         ({"PNEUMO_SEED__LR": "1"}, r"PNEUMO_SEED__LR: no such setting"),
         ({"PNEUMO_TRAIN__LR": "fast"}, r"train\.lr: got 'fast' from the environment, expected a"),
+        ({"pneumo_trian__lr": "1"}, r"pneumo_trian__lr: no such setting"),
+        ({"PNEUMO_PREPARE__POSITIVE": "A,B"}, r"""a list, .*as JSON: '\["A", "B"\]'"""),
         ({"PNEUMO_TRAIN": "{"}, r"the environment: .*\"train\".*PNEUMO_SECTION__KEY"),
         ({"PNEUMO_TRAIN": "3"}, r"train: got 3 from the environment"),
     ],
@@ -150,6 +152,9 @@ def test_a_mistake_in_the_environment_is_named(environ: dict[str, str], message:
         ),
         ("[train]\nlr = 'a'", r"train\.lr: got 'a' from recipe .*mine\.toml, expected"),
         ("train = 3", r"train: got 3 from recipe"),
+        ("train.epochs = true", r"train\.epochs: got 'true' from recipe"),
+        ("train.clip_norm = false", r"train\.clip_norm: got 'false' from recipe"),
+        ("tracking.group = true", r"tracking\.group: got True from recipe"),
         ("train.lr =", r"recipe .*mine\.toml: not valid TOML"),
     ],
 )
@@ -180,6 +185,9 @@ def test_a_mistake_in_a_recipe_is_named(tmp_path: Path, text: str, message: str)
         ("evaluate", ["--external", "a,,b"], r"external: got '' from the command line, expected"),
         ("train", ["--data.readers", "2"], r"unknown setting --data\.readers, which was removed"),
         ("train", ["--train.epoch", "3"], r"did you mean --train\.epochs\?"),
+        ("train", ["--recipe", "fast", "--recipe=gpu"], r"--recipe: given 2 times; leave one"),
+        ("train", ["--train.pos-weight=1"] * 3, r"--train\.pos-weight: given 3 times"),
+        ("evaluate", ["--store", "t"], r"--store: given 2 times"),
         ("tune", ["--tune.space", "3"], r"the command line: .*tune\.space.*jobs\.tune --help"),
         ("tune", ["--tune.space", '{"train.lr":'], r"the command line: .*tune\.space"),
     ],
@@ -187,6 +195,25 @@ def test_a_mistake_in_a_recipe_is_named(tmp_path: Path, text: str, message: str)
 def test_a_mistake_in_the_flags_is_named(job: str, flags: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_command_line(job, [*NEEDED[job], *flags], {})
+
+
+def test_a_list_may_be_given_in_parts() -> None:
+    argv = [*NEEDED["evaluate"], "--members", "a", "--members", "b"]
+    arguments = parse_command_line("evaluate", argv, {}).arguments
+    assert isinstance(arguments, EvaluateArguments)
+    assert arguments.members == ["a", "b"]
+
+
+def test_a_flag_of_what_is_searched_is_told_but_not_a_recipes_setting() -> None:
+    argv = [*NEEDED["tune"], "--recipe", "fast", "--train.pos-weight", "2", "--seed", "3"]
+    (told,) = parse_command_line("tune", argv, {}).warnings
+    assert told.startswith("train.pos_weight: its flag has no effect, as tune.space")
+
+
+def test_a_later_search_space_replaces_an_earlier_one() -> None:
+    space = ["--tune.space", '{"train.lr": ["uniform", 1e-4, 1e-3]}']
+    argv = [*NEEDED["tune"], "--recipe", "fast", *space]
+    assert list(parse_command_line("tune", argv, {}).config.tune.space) == ["train.lr"]
 
 
 @pytest.mark.parametrize("job", JOBS)

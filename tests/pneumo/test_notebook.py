@@ -13,6 +13,7 @@ import pytest
 from nbclient import NotebookClient
 
 import pneumo
+from pneumo.dataset.study_keys import PRIVATE_FOLDER
 from pneumo.errors import RunError, SourceError, StoreError
 from pneumo.network.scoring import Member
 from pneumo.notebook import Model
@@ -65,6 +66,15 @@ def test_importing_pneumo_loads_nothing_heavy() -> None:
         _ = pneumo.nothing
 
 
+def test_a_script_without_a_main_block_draws_phantoms(tmp_path: Path) -> None:
+    script = tmp_path / "draw.py"
+    call = "pneumo.write_phantoms(Path(sys.argv[1]), num_studies=40, seed=1)"
+    script.write_text(f"import sys\nfrom pathlib import Path\nimport pneumo\n{call}\n")
+    folder = tmp_path / "phantoms"
+    subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, check=True)
+    assert len(list(folder.rglob("*.dcm"))) == 40
+
+
 def test_a_store_that_is_there_is_opened(tmp_path: Path) -> None:
     pneumo.write_phantoms(tmp_path / "source", num_studies=60, seed=2, num_processes=1)
     config = pneumo.Config.model_validate({"prepare": {"image_size": 32}})
@@ -89,6 +99,27 @@ def test_a_store_that_is_there_is_opened(tmp_path: Path) -> None:
         pneumo.open_store(tmp_path / "nothing")
     with pytest.raises(RunError, match="no checkpoint in it"):
         pneumo.load_model(tmp_path / "nothing")
+
+
+def test_a_store_is_refused_where_the_job_refuses_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, store, run = (tmp_path / name for name in ("source", "store", "run"))
+    pneumo.write_phantoms(source, num_studies=60, seed=2)
+    with pytest.raises(StoreError, match="is the source's own folder"):
+        pneumo.prepare_store(source, source)
+    assert not (source / PRIVATE_FOLDER).exists()
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "index.json").write_text("{}")
+    with pytest.raises(StoreError, match="is a run"):
+        pneumo.prepare_store(source, run)
+    by_image = {"prepare": {"image_size": 32}, "split": {"unit": "image"}}
+    config = pneumo.Config.model_validate(by_image)
+    pneumo.prepare_store(source, store, config)
+    assert "warning: split by image" in capsys.readouterr().out
+    next(store.glob("val/*.tar")).unlink()
+    with pytest.raises(StoreError, match="shards are missing"):
+        pneumo.prepare_store(source, store, config)
 
 
 def test_a_model_scores_no_picture_and_more_than_a_batch() -> None:

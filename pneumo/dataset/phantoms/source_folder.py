@@ -32,14 +32,15 @@ def write_phantoms(
     *,
     num_studies: int,
     seed: int,
-    num_processes: int | None = None,
+    num_processes: int | None = 1,
     layout: PhantomLayout = KAGGLE,
 ) -> bool:
     """Write a folder of phantoms; returns False where the complete folder was there already.
 
     The files are the same, to the byte, for any number of processes (None: one per CPU where there
-    is enough work). A folder of an interrupted call is written again. Raises SourceError for a
-    folder with other content or that cannot be written, ValueError as `draw_population`.
+    is enough work); a script that asks for several needs `if __name__ == "__main__":`. A folder of
+    an interrupted call is written again. Raises SourceError for a folder with other content or that
+    cannot be written, ValueError as `draw_population`.
 
     >>> pneumo.write_phantoms(Path("phantoms"), num_studies=120, seed=1)
     """

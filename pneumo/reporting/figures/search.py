@@ -9,9 +9,10 @@ import matplotlib as mpl
 import optuna
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from optuna.visualization import matplotlib as plots
 
+from pneumo.config import without_folders
 from pneumo.reporting.figures.style import (
     INK,
     RULE,
@@ -112,6 +113,10 @@ def _draw(
             part.tick_params(which="both", colors=INK, grid_color=RULE, labelsize=8)
             for text in (part.title, part.xaxis.label, part.yaxis.label, *part.texts):
                 text.set(color=INK, fontsize=9)
+            for axis in (part.xaxis, part.yaxis):
+                if isinstance(axis.get_major_formatter(), FuncFormatter):  # words, no numbers
+                    labels = (label.get_text() for label in axis.get_ticklabels())
+                    axis.set_ticklabels([_show_word(label) for label in labels])
             if legend := part.get_legend():  # a name for each trial, or for the objective alone
                 legend.remove()
         title = f"{title}, n = {len(study.trials)} trials"
@@ -119,6 +124,11 @@ def _draw(
         drawn = encode_figure(figure, "svg")
         plt.close(figure)
     return drawn
+
+
+def _show_word(word: str) -> str:
+    """A file without its folders; a dollar sign as it is, which matplotlib reads as a formula."""
+    return str(without_folders(word)).replace("$", r"\$")
 
 
 def _name(search: Search) -> str:

@@ -31,7 +31,7 @@ from pneumo.training.callbacks import Callbacks, Start
 from pneumo.tuning.trials import ERROR, OBJECTIVE
 from tests.conftest import StoreMaker
 from tests.jobs.conftest import Prepared
-from tests.jobs.test_tune import QUICK, places
+from tests.jobs.test_tune import places
 from tests.waiting import wait_until
 
 
@@ -143,10 +143,11 @@ def test_as_many_trials_at_once_as_have_all_their_workers(
 def test_a_cluster_too_small_for_one_trial_says_what_is_missing(
     prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    many = ["--tune.workers-per-trial", "16", "--train.batch-size", "64"]
-    large = ["--train.micro-batch-size", "2", "--cluster.cpus-per-worker", "64000"]
+    many = ["--tune.workers-per-trial", "16", "--train.micro-batch-size", "2"]
+    large = ["--cluster.cpus-per-worker", "64000"]
+    others = ["--model.weights", "random", "--tracking.mode", "disabled"]
     run = tmp_path / "search"
-    assert tune.main([*places(prepared, run), *QUICK, *many, *large]) == 1
+    assert tune.main([*places(prepared, run), *many, *large, *others]) == 1
     has = f"it has {ray.cluster_resources()['CPU']:g}"
     said = capsys.readouterr().err
     assert f"16 workers need 1.024e+06 CPU ({has}), and its nodes have room for 0; lower" in said

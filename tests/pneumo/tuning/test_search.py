@@ -3,6 +3,7 @@
 import io
 import json
 import tomllib
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -250,3 +251,10 @@ def test_a_column_of_numbers_and_words_becomes_text() -> None:
     changed = Search("a", search.config, "0", tuple(mixed), search.choice)
     column = pq.read_table(io.BytesIO(to_parquet(changed)))["train.pos_weight"].to_pylist()
     assert set(column) == {"balanced", "1", "2.5", None}
+
+
+def test_the_table_has_files_by_their_names_alone() -> None:
+    search = make_search(8)
+    mine = replace(search.trials[0], settings={"model.weights": "/home/anna/a.pt"})
+    table = pq.read_table(io.BytesIO(to_parquet(replace(search, trials=(mine,)))))
+    assert table["model.weights"].to_pylist() == ["a.pt"]

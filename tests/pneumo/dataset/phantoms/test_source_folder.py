@@ -270,6 +270,15 @@ def test_command_answers_mistakes_with_one_line_and_exit_code_2(tmp_path):
     assert refused.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("out", ["", "s3://bucket/x"])
+def test_an_out_that_is_no_folder_here_is_refused(out, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--out", out, "--studies", "1"])
+    assert f"got {out!r}, expected a folder of this machine" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("flag", ["--studies=0", "--seed=-1", "--jobs=0"])
 def test_flags_out_of_range_are_refused(flag, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_info:

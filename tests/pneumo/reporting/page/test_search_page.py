@@ -140,6 +140,24 @@ def test_words_are_drawn_and_one_trial_is_too_few() -> None:
     assert b"fewer than two trials" in drawings.draw_learning(alone)
 
 
+def test_files_are_drawn_by_their_names_alone_and_dollars_as_they_are() -> None:
+    search = make_search(9)
+    files = ["/home/anna/$x.pt", "/mnt/h/$y_$.pt"]
+    space = {"train.lr": ["log_uniform", 1e-5, 3e-3], "model.weights": ["choice", *files]}
+    config = Config.model_validate({"tune": {"space": space, "num_trials": 9}})
+    trials = tuple(
+        replace(one, settings={**one.settings, "model.weights": files[i % 2]})
+        for i, one in enumerate(search.trials)
+    )
+    chosen = replace(search.choice, trial=trials[0], best=trials[0])
+    of_files = replace(search, config=config, trials=trials, choice=chosen, importance={})
+    page = render(of_files)
+    assert page.count(">$x.pt<") >= 2
+    assert page.count(">$y_$.pt<") >= 2
+    assert "anna" not in page
+    assert "/mnt" not in page
+
+
 def test_a_search_of_weights_that_were_not_asked_for_says_so() -> None:
     search = make_search()
     assert search.warning is None
