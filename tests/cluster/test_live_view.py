@@ -174,4 +174,5 @@ def test_progress_is_read_while_it_is_written(tmp_path: Path) -> None:
     finally:
         stop.set()
         writer.join()
+    found.add(run_folder.read_progress(url))  # a busy machine may have met the empty file alone
     assert found - {None} == {run_folder.Progress(1, 4, 0.8126, 41.7, 0.25, 120.0)}

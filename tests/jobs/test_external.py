@@ -17,7 +17,7 @@ from tests.jobs.conftest import Prepared
 
 QUICK = [
     *("--evaluate.bootstrap-resamples", "200", "--evaluate.pictures", "1"),
-    *("--evaluate.saliency", "false", "--evaluate.min-patients", "2"),
+    *("--evaluate.saliency", "false"),
     *("--tracking.mode", "disabled"),
 ]
 
@@ -41,8 +41,15 @@ def sets(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def judge(prepared: Prepared, run: Path, *external: Path, flags: tuple[str, ...] = ()) -> int:
+def judge(
+    prepared: Prepared,
+    run: Path,
+    *external: Path,
+    flags: tuple[str, ...] = (),
+    min_patients: int = 2,
+) -> int:
     where = ["--store", str(prepared.store), "--run", str(run)]
+    where += ["--evaluate.min-patients", str(min_patients)]
     stores = ",".join(str(one) for one in external)
     return evaluate.main([*where, "--external", stores, *QUICK, *flags])
 
@@ -120,9 +127,9 @@ def test_what_cannot_be_judged_is_told_at_once(
     prepared: Prepared, evaluated: Path, trained: Path, sets: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    def refuse(message: str, run: Path, external: Path, *flags: str) -> None:
+    def refuse(message: str, run: Path, external: Path, min_patients: int = 2) -> None:
         capsys.readouterr()
-        assert judge(prepared, run, external, flags=flags) == 2
+        assert judge(prepared, run, external, min_patients=min_patients) == 2
         assert message in capsys.readouterr().err
         assert not (run / "external").exists()
 
@@ -130,8 +137,7 @@ def test_what_cannot_be_judged_is_told_at_once(
     refuse("pictures of 80 px, the run's own are 64 px", evaluated, sets / "larger")
     refuse("is the store of the training", evaluated, prepared.store)
     refuse("no manifest.json", evaluated, tmp_path)
-    few = ("--evaluate.min-patients", "50")
-    refuse("patients with a positive study are left", evaluated, sets / "same", *few)
+    refuse("patients with a positive study are left", evaluated, sets / "same", min_patients=50)
     other = Path(shutil.copytree(sets / "same", tmp_path / "other secret"))
     (other / "secret_check.txt").write_text("another\n")
     refuse("RSNA's patients are a part of NIH's", evaluated, other)
