@@ -122,7 +122,7 @@ def plan(
     if recipe is not None:
         replaced.add("--recipe")
         settings = settings_as_variables(read_recipe(str(recipe)), read_environment(environ))
-        environ = {**environ, **settings}
+        environ = {k: v for k, v in environ.items() if k.upper() not in settings} | settings
     (target,) = places[_output_argument(places)]
     sent, kept = split_environment(job, environ, remote=remote)
     new_argv = [*flags, *_drop_flags(argv, replaced)]

@@ -207,8 +207,8 @@ def _warn_of_recipe(recipe: str, settings: Mapping[str, Any]) -> tuple[str, ...]
 
 
 def _warn_of_searched(config: Config, flags: Mapping[str, Any]) -> tuple[str, ...]:
-    """The flags whose value no trial uses."""
-    unused = [key for key in flatten(flags) if key in config.tune.space]
+    """The flags whose value no trial uses; a cluster's submission adds that of the weights."""
+    unused = sorted((flatten(flags).keys() & config.tune.space.keys()) - {"model.weights"})
     return tuple(f"{key}: its flag has no effect, as tune.space says what to try" for key in unused)
 
 

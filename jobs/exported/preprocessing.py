@@ -167,7 +167,11 @@ def _render(dataset: pydicom.Dataset, stored: npt.NDArray[Any]) -> Gray:
             raise RefusedError("a window without a centre, or not wider than 1")
         shown = np.clip((values - (center - 0.5)) / (width - 1.0) + 0.5, 0.0, 1.0)
         at_an_end = [counts[shown < 0.5 / 255].sum(), counts[shown > 1 - 0.5 / 255].sum()]
-        if max(at_an_end) >= 0.998 * counts.sum() or np.ptp(shown[counts > 0]) < 0.125:
+        is_dark = shown[counts > 0].max() < 0.125
+        least = -(2**dataset.BitsStored) // 2 if dataset.PixelRepresentation else 0
+        possible = (own >= least) & (own < least + 2**dataset.BitsStored)
+        is_far_wider = np.ptp(shown[possible]) < 0.125
+        if max(at_an_end) >= 0.998 * counts.sum() or is_dark or is_far_wider:
             raise RefusedError("the window hides the picture")
     elif dataset.BitsStored <= 8 and not dataset.PixelRepresentation and (values == own).all():
         shown = np.clip(values / (2**dataset.BitsStored - 1), 0.0, 1.0)

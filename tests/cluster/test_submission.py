@@ -270,6 +270,7 @@ _VARIABLES = {
     "a setting": {"PNEUMO_TRAIN__LR": "1e-3"},
     "a seed": {"PNEUMO_SEED": "7"},
     "a section": {"PNEUMO_TRAIN": '{"lr": 1e-3, "patience": null}'},
+    "a section in small letters": {"pneumo_train": '{"lr": 1e-3}', "pneumo_tune": "{}"},
     "a space": {"PNEUMO_TUNE__SPACE": '{"train.weight_decay": ["choice", 0, 0.1]}'},
 }
 

@@ -196,6 +196,16 @@ def test_sound_signed_files_are_read(tmp_path: Path, bits: int, padded: bool) ->
     check_agreement(data, tmp_path / "a")
 
 
+@pytest.mark.parametrize("center", [2048, 1024])
+def test_a_faint_picture_under_a_window_for_its_bits_is_read(tmp_path: Path, center: int) -> None:
+    values = draw_values(np.random.default_rng(3), (64, 64), "u2").astype(np.float64)
+    faint = (1500 + 400 * (values - values.min()) / np.ptp(values)).astype(np.uint16)
+    window = {"WindowCenter": center, "WindowWidth": 4096}
+    data = encode_dicom(faint, elements={"BitsStored": 12, "HighBit": 11, **window})
+    assert read(tmp_path / "a", data, 48).shape == (1, 1, 48, 48)
+    check_agreement(data, tmp_path / "a")
+
+
 @pytest.mark.parametrize("shape", ["INVERSE", " INVERSE", ["INVERSE", "IDENTITY"], "OTHER"])
 def test_a_shape_that_may_turn_gray_levels_over_is_refused(tmp_path: Path, shape: Any) -> None:
     data = encode_dicom(draw_chest(64), elements={"PresentationLUTShape": shape})
