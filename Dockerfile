@@ -26,8 +26,9 @@ RUN apt-get update -qq \
  && install -d -m 700 -o 1000 -g 100 /home/pneumo/.ray \
  && echo 'PATH=/opt/pneumo/bin:$PATH' > /etc/profile.d/pneumo.sh
 COPY --from=dependencies /opt/pneumo /opt/pneumo
-COPY pneumo /app/pneumo
-COPY jobs /app/jobs
+# The checkout's umask may hide its files from all but their owner.
+COPY --chown=1000:100 pneumo /app/pneumo
+COPY --chown=1000:100 jobs /app/jobs
 # GKE's device plugin mounts the driver of its Container-Optimized OS at LD_LIBRARY_PATH; elsewhere
 # nothing lies there.
 # HOME is said here too, for the launcher reads it from the image and takes /root else.

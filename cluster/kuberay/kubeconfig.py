@@ -4,16 +4,20 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.handlers import BufferingHandler
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import urllib3
 import yaml
 from kubernetes import client as kubernetes_client
 from kubernetes import config as kubernetes_config
-from kubernetes.config import ConfigException
+from kubernetes.config import ConfigException, kube_config
 
 from cluster.kuberay.api import Api
 from cluster.kuberay.overlays import Document
+from cluster.targets import is_remote
 from pneumo.errors import AccessError, ConfigError
 
 
@@ -41,7 +45,7 @@ def connect(context: str | None, namespace: str | None) -> Api:
                 "from your cloud (aws eks update-kubeconfig, gcloud container clusters "
                 "get-credentials)"
             ) from error
-        return Api(kubernetes_client.ApiClient(settings), namespace or "default", "")
+        return Api(kubernetes_client.ApiClient(settings), namespace or _pod_namespace(), "")
     if errors and not (settings.api_key or settings.cert_file):
         why = _first_line(errors[-1].getMessage())
         raise AccessError(
@@ -51,6 +55,8 @@ def connect(context: str | None, namespace: str | None) -> Api:
     own = chosen["context"].get("namespace")
     return Api(kubernetes_client.ApiClient(settings), namespace or own or "default", chosen["name"])
 
+
+_POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 _UNUSABLE = (
     ConfigException, yaml.YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError,
@@ -68,7 +74,22 @@ def _load_context(settings: Any, context: str | None) -> Document:
     kubernetes_config.load_kube_config(
         context=chosen["name"], client_configuration=settings, persist_config=False
     )
+    merged = kube_config.KubeConfigMerger(kube_config.KUBE_CONFIG_DEFAULT_LOCATION)
+    clusters = merged.config["clusters"]
+    cluster = clusters.get_with_name(chosen["context"]["cluster"])["cluster"]
+    settings.proxy = _find_proxy(settings.host, cluster.safe_get("proxy-url"))
     return dict(chosen)
+
+
+def _find_proxy(server: str, proxy_url: str | None) -> str | None:
+    """The proxy that kubectl would use: the client knows no `proxy-url`, and takes HTTP_PROXY for
+    every server."""
+    if proxy_url and urlsplit(proxy_url).scheme not in {"http", "https"}:
+        raise ConfigError(f"kubernetes: proxy-url {proxy_url}: only http and https are supported")
+    host = urlsplit(server)
+    if proxy_url or not is_remote(server) or proxy_bypass(host.netloc):
+        return proxy_url
+    return getproxies().get(host.scheme)
 
 
 @contextmanager
@@ -89,6 +110,13 @@ def _load_pod(settings: Any) -> bool:
     except ConfigException:
         return False
     return True
+
+
+def _pod_namespace() -> str:
+    try:
+        return _POD_NAMESPACE.read_text().strip() or "default"
+    except OSError:
+        return "default"
 
 
 def _flaw(error: BaseException) -> str:

@@ -54,6 +54,8 @@ class Client(JobSubmissionClient):  # type: ignore[misc]  # ray is untyped
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
         answer_s = FIRST_ANSWER_TIMEOUT_S if endpoint == "/api/version" else ANSWER_TIMEOUT_S
         options.setdefault("timeout", (CONNECT_TIMEOUT_S, answer_s))
+        if not is_remote(self._address):  # a forwarded port, which no proxy knows
+            options.setdefault("proxies", {"http": "", "https": ""})
         try:
             response: requests.Response = super()._do_request(method, endpoint, **options)
         except AuthenticationError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ray.dashboard.modules.job.pydantic_models import JobDetails
@@ -64,7 +65,11 @@ def follow(
         if text and text not in told:
             told.add(text)
             tell(text)
+        written = cursor.written
         asyncio.run(_stream(client, job_id, cursor, idle_timeout_s))
+        if cursor.written == written:  # a proxy may let requests through, but no stream
+            with suppress(OutOfReachError, ConfigError):  # the next request will report it
+                cursor.show(client.log_text(job_id))
         time.sleep(1.0)
 
 

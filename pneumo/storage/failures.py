@@ -94,7 +94,7 @@ def permanent_error(error: Exception, name: str, text: str | None = None) -> Exc
     if any(sign in str(error) for sign in ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")):
         return AccessError(
             f"storage: {name}: {text}; check http or https in AWS_ENDPOINT_URL, or set "
-            "AWS_CA_BUNDLE"
+            "AWS_CA_BUNDLE and SSL_CERT_FILE"
         )
     if isinstance(error, FileNotFoundError):
         return _no_such_object(name)

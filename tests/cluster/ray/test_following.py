@@ -41,6 +41,25 @@ def test_a_dropped_stream_is_taken_up_where_it_stopped(
     assert jobs.state(info).exit_code == 0
 
 
+def test_the_log_comes_where_no_stream_gets_through(
+    client: Client, ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a proxy that speaks HTTP alone; this machine's own proxy is not asked."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    job_id = start(client, make_probe("no-stream", 8, 1.0, 0))
+    log: list[str] = []
+    had_ended: list[bool] = []
+
+    def write(part: str) -> None:
+        log.append(part)
+        had_ended.append(client.details(job_id).status.is_terminal())
+
+    with FaultyProxy(ray_cluster.address) as proxy:
+        follow(connect(proxy.url, ray_cluster.environ), job_id, write)
+    assert not had_ended[0]
+    assert read_numbers("".join(log)) == list(range(8))
+
+
 def test_a_silent_stream_is_asked_again_without_a_line_twice(client: Client) -> None:
     job_id = start(client, make_probe("silent", 4, 1.0, 0))
     log, code = follow_to_end(client, job_id, idle_timeout_s=0.7)
