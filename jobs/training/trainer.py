@@ -23,6 +23,7 @@ from pneumo.config import ClusterConfig, Config
 from pneumo.errors import PreemptedError
 from pneumo.loading.in_memory import InMemorySplit
 from pneumo.loading.sample_order import World
+from pneumo.storage.arrow import open_for_ray
 from pneumo.training.callbacks import Callbacks
 
 RENDEZVOUS_TIMEOUT_S = 180
@@ -74,6 +75,7 @@ def build_trainer(
     `Recovery` handles it, or of a trial Tune. Only a trial waits here for workers that do not
     start, or are preempted.
     """
+    path, filesystem = open_for_ray(training.run_url)
     repeats = -1 if training.channel is None else 0
     failures = FailureConfig(
         max_failures=0, controller_failure_limit=repeats, max_preemption_failures=repeats
@@ -92,7 +94,8 @@ def build_trainer(
         ),
         run_config=RunConfig(
             name="ray",
-            storage_path=training.run_url,
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=failures,
             callbacks=list(callbacks),
         ),

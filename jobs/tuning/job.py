@@ -56,6 +56,7 @@ from pneumo.errors import ClusterError, ConfigError, RunError
 from pneumo.network.backbones import check_weights
 from pneumo.reporting.tracking.tracked_run import prepare_tracking
 from pneumo.search_space import flatten
+from pneumo.storage.arrow import open_for_ray
 from pneumo.training.checkpoints import find_weights
 from pneumo.training.preconditions import check_sizes
 from pneumo.tuning.choice import (
@@ -270,6 +271,7 @@ class _Runner:
         config = self.config
         if left <= 0:
             return []
+        path, filesystem = open_for_ray(storage.join(self.run_url, "ray"))
         with LiveTable(label, config.tune, left, len(ended)) as table:
             lines = TrialLines(config.tune, partial(write_ended, self.run_url))
             tuner = ray.tune.Tuner(
@@ -282,7 +284,8 @@ class _Runner:
                 ),
                 run_config=ray.tune.RunConfig(
                     name=label,
-                    storage_path=storage.join(self.run_url, "ray"),
+                    storage_path=path,
+                    storage_filesystem=filesystem,
                     verbose=0,
                     failure_config=ray.tune.FailureConfig(config.cluster.max_failures),
                     callbacks=[lines, table],

@@ -29,8 +29,8 @@ _S3_OPTIONS = {
 }
 
 
-def open_filesystem(url: str) -> tuple[Any, str]:
-    """The process's filesystem for `url`, and the path in it.
+def open_filesystem(url: str, **options: Any) -> tuple[Any, str]:
+    """The process's filesystem for `url`, and the path in it; with `options` of botocore for S3.
 
     fsspec caches the instance, and creates another after a fork. Listings are not cached, as other
     processes add keys. Raises UserError for an invalid PNEUMO_S3_ANONYMOUS.
@@ -48,7 +48,7 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         root_url,
         use_listings_cache=False,
         anon=value in {"1", "true"},
-        config_kwargs=_S3_OPTIONS,
+        config_kwargs=_S3_OPTIONS | options,
     )
     fs.retries = 1
     return fs, f"{root_path}/{key}" if key else root_path

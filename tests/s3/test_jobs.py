@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import s3fs
 
 from pneumo import storage
 from pneumo.dataset.manifest import read_manifest
@@ -22,9 +23,15 @@ pytestmark = pytest.mark.s3
 
 
 @pytest.mark.timeout(600)
-def test_prepare_train_and_evaluate_write_a_report_into_a_bucket(
-    bucket_url: str, tmp_path: Path
+def test_jobs_write_into_a_bucket_whose_address_is_in_a_profile(
+    bucket_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Ray's own client of S3 would not find it."""
+    profile = tmp_path / "config"
+    profile.write_text(f"[default]\nendpoint_url = {os.environ['AWS_ENDPOINT_URL']}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(profile))
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    s3fs.S3FileSystem.clear_instance_cache()
     source = tmp_path / "phantoms"
     write_phantoms(source, num_studies=90, seed=3)
     (source / ".pneumo").mkdir()
@@ -34,11 +41,12 @@ def test_prepare_train_and_evaluate_write_a_report_into_a_bucket(
     store, run = f"{bucket_url}/store", f"{bucket_url}/runs/1"
     size = ("--prepare.image-size", "64")
     run_module("jobs.prepare", "--source", str(source), "--store", store, *size, cwd=folder)
-    run_module(
-        *("jobs.train", "--store", store, "--run", run, "--model.weights", "random"),
-        *("--train.epochs", "1", "--train.batch-size", "16", "--tracking.mode", "disabled"),
-        cwd=folder,
-    )
+    flags = ["--model.weights", "random", "--train.batch-size", "16"]
+    flags += ["--tracking.mode", "disabled", "--store", store]
+    run_module("jobs.train", "--run", run, "--train.epochs", "1", *flags, cwd=folder)
+    search = ("--run", f"{bucket_url}/search", "--tune.num-trials", "1", "--tune.epochs", "1")
+    run_module("jobs.tune", *search, *flags, cwd=folder)
+    assert storage.exists(f"{bucket_url}/search/best.toml")
     run_module("jobs.evaluate", "--store", store, "--run", run, cwd=folder)
     metrics = json.loads(storage.read_bytes(f"{run}/metrics.json"))
     assert 0 <= metrics["test"]["auroc"]["value"] <= 1
