@@ -6,6 +6,7 @@ import socket
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,12 +26,17 @@ Fault = Literal[
     "bad gateway",  # a load balancer's HTML
 ]
 
+_MOST_IN_A_ROW = 4
 _ERRORS: dict[str, tuple[int, str]] = {"500": (500, "InternalError"), "503": (503, "SlowDown")}
 
 
 @dataclass
 class FaultyProxy:
-    """Relays requests to `upstream`; a fraction `rate` of the answers to `methods` gets `fault`."""
+    """Relays requests to `upstream`; a fraction `rate` of the answers to `methods` gets `fault`.
+
+    A rate below 1 spares at least each fifth answer to a request that is repeated: else, by chance,
+    all repetitions could fail.
+    """
 
     upstream: str
     fault: Fault
@@ -49,12 +55,16 @@ class FaultyProxy:
     def __post_init__(self) -> None:
         self._random = random.Random(f"{self.fault}/{self.seed}")
         self._lock = threading.Lock()
+        self._in_a_row: Counter[str] = Counter()
 
-    def draw(self, method: str) -> random.Random | None:
+    def draw(self, method: str, request: str) -> random.Random | None:
         """A generator for the details of one answer's fault; None for an answer without fault."""
         with self._lock:
-            if method not in self.methods or self._random.random() >= self.rate:
+            is_spared = self.rate < 1 and self._in_a_row[request] == _MOST_IN_A_ROW
+            if method not in self.methods or self._random.random() >= self.rate or is_spared:
+                self._in_a_row[request] = 0
                 return None
+            self._in_a_row[request] += 1
             self.injected += 1
             return random.Random(self._random.random())
 
@@ -97,7 +107,8 @@ class _Relay(BaseHTTPRequestHandler):
 
     def relay(self) -> None:
         status, headers, body = self._ask()
-        drawn = self.proxy.draw(self.command)
+        request = f"{self.command} {self.path} {self.headers.get('range')}"
+        drawn = self.proxy.draw(self.command, request)
         fault = self.proxy.fault if drawn is not None else None
         if fault in _ERRORS or fault == "bad gateway":
             status, headers, body = _error(fault)
