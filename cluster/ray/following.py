@@ -65,12 +65,14 @@ def follow(
         if text and text not in told:
             told.add(text)
             tell(text)
-        written = cursor.written
-        asyncio.run(_stream(client, job_id, cursor, idle_timeout_s))
-        if cursor.written == written:  # a proxy may let requests through, but no stream
+        pause_s = 1.0
+        if not asyncio.run(_stream(client, job_id, cursor, idle_timeout_s)):
+            # A proxy may let requests through, but no stream; each answer is the whole log.
             with suppress(OutOfReachError, ConfigError):  # the next request will report it
-                cursor.show(client.log_text(job_id))
-        time.sleep(1.0)
+                text = client.log_text(job_id)
+                cursor.show(text)
+                pause_s += min(len(text) / 100_000, 30.0)
+        time.sleep(pause_s)
 
 
 def _show_rest(client: Client, job_id: str, cursor: _Cursor, tell: Write) -> None:
@@ -100,8 +102,9 @@ class _Cursor:
             self.written += len(new)
 
 
-async def _stream(client: Client, job_id: str, cursor: _Cursor, idle_timeout_s: float) -> None:
-    """Show the log as it comes, until its stream ends, breaks or is idle for too long."""
+async def _stream(client: Client, job_id: str, cursor: _Cursor, idle_timeout_s: float) -> bool:
+    """Show the log as it comes, until its stream ends, breaks or is idle for too long; whether
+    anything came."""
     stream = client.tail_job_logs(job_id)
     position = 0
     try:
@@ -111,7 +114,7 @@ async def _stream(client: Client, job_id: str, cursor: _Cursor, idle_timeout_s: 
                 async with asyncio.timeout(idle_timeout_s):
                     chunk = await anext(stream)
             except Exception:  # whatever it was, the next request will report it
-                return
+                return position > 0
             cursor.show(chunk, position)
             position += len(chunk)
     finally:
